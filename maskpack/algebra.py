@@ -129,9 +129,11 @@ def operation(how: str, count: int, weights: Sequence[float] | None = None, k: i
         needed = "2 or more mask sets" if exactly is None else f"exactly {exactly} mask set{'s' * (exactly > 1)}"
         raise ConfigError(f"{how!r} takes {needed}, got {count}")
     if (weights is None) == (how == "weighted"):
-        raise ConfigError(f"weights go with 'weighted' and with no other operation, got {weights} for {how!r}")
+        given = "none" if weights is None else ", ".join(map(str, weights))
+        raise ConfigError(f"weights go with 'weighted' and with no other operation, got {given} for {how!r}")
     if (k is None) == (how == "k-of-n"):
-        raise ConfigError(f"k goes with 'k-of-n' and with no other operation, got {k} for {how!r}")
+        given = "none" if k is None else str(k)
+        raise ConfigError(f"k goes with 'k-of-n' and with no other operation, got {given} for {how!r}")
     if weights is not None:
         votes = whole_votes(weights, count)
         return partial(count_votes, votes, sum(votes) // 2 + 1)

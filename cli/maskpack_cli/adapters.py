@@ -331,9 +331,10 @@ def pack(
 
     def save(path: Path, one: Imported, **said: Any) -> maskpack.Adapter:
         parts = maskpack.Parts(one.masks, statistics=one.statistics, values=one.values)
-        own = options if not said else {**options, "about": About(training={"lossy": said})}
+        own = dict(options) if not said else {**options, "about": About(training={"lossy": said})}
         with progress_bar("Packing") as step:
-            return maskpack.save_adapter(path, parts, base, weights=loaded.model, progress=step, **own)
+            own |= {"weights": loaded.model, "progress": step, "overwrite": True}
+            return maskpack.save_adapter(path, parts, base, **own)
 
     if not less.any:
         adapter = save(output, imported)

@@ -104,7 +104,8 @@ class Run(Folder, Packed):
         from maskpack.backbone.fingerprint import remember_backbone
 
         content = (result.parts, result.base, result.about)
-        adapter = maskpack.save_adapter(self.output, *content, profile=self.profile, weights=model, **options)
+        options |= {"profile": self.profile, "weights": model, "overwrite": True}
+        adapter = maskpack.save_adapter(self.output, *content, **options)
         if backbone is not None:
             remember_backbone(result.base.digests["float32"], backbone.arguments())
         return adapter

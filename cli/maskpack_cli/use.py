@@ -96,7 +96,7 @@ def _inputs(files: tuple[str, ...], texts: tuple[str, ...], are_texts: bool) -> 
             try:
                 content = sys.stdin.read() if name == "-" else path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise DataError(f"cannot read the text file {name!r}: {error}") from None
+                raise DataError(f"cannot read {name!r}: {error}; give text in UTF-8, a line each") from None
             found += [line for line in content.splitlines() if line.strip()]
         elif not path.exists():
             more = "; a text itself is given by --text" if are_texts else ""
@@ -131,7 +131,8 @@ def generate(
     hint(f"Adapter: {adapter.pinned}")
     torch.manual_seed(seed)
     options: dict[str, Any] = {"tokenizer": backbone.tokenizer, "tokens": tokens, "temperature": temperature}
-    texts = adapter.generate(backbone.model, prompt, **options)
+    with progress_bar("generating, tokens", percent=False) as moved:
+        texts = adapter.generate(backbone.model, prompt, progress=moved, **options)
     emit({"generated": [{"prompt": one, "text": text} for one, text in zip(prompt, texts, strict=True)]})
     say(*texts)
 

@@ -124,11 +124,15 @@ def squash_adapters(
     Raises:
         StateError, BackboneMismatchError: as of `check_chain`, or if `base` has other weights.
     """
+    for one in chain:
+        if (why := why_no_patch(one)) is not None:
+            raise StateError(f"{one.path} is no patch, and only patches are squashed: it {why}; leave it out")
     parts = merged(chain, base)
     if chain[-1].about.result == chain[0].base.digests:
         raise StateError(f"the {len(chain)} patches undo each other: there is nothing to write")
     about = About(training={"squashed": [one.mask_id for one in chain]}, result=chain[-1].about.result)
-    return save_adapter(path, parts, base_of_chain(chain), about, profile=profile, weights=base, progress=progress)
+    options: dict[str, Any] = {"profile": profile, "weights": base, "progress": progress}
+    return save_adapter(path, parts, base_of_chain(chain), about, overwrite=True, **options)
 
 
 def lineage(adapter: Adapter) -> dict[str, Any]:

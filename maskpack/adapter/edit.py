@@ -119,6 +119,7 @@ def combine_adapters(
         codec=codec,
         weights=base,
         progress=progress,
+        overwrite=True,
     )
 
 

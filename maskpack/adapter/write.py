@@ -3,6 +3,7 @@
 import difflib
 import importlib.metadata
 import itertools
+import logging
 import math
 import struct
 import tempfile
@@ -45,6 +46,7 @@ from .signature import remove_signature
 from .tensors import BASE, BASE_BYTES, FLOATS, dense_blobs, head_to_json, not_float
 from .values import Steps, at_zeros
 
+LOG = logging.getLogger(__name__)
 WORTH = 1 << 14  # weights; coding is slow
 WORTH_STEPS = 0.5  # of the bytes of stored values
 PIECE = 1 << 20  # bytes
@@ -362,6 +364,7 @@ def save_adapter(
     codec: str | None = None,
     weights: Weights | None = None,
     progress: Progress | None = None,
+    overwrite: bool | None = None,
 ) -> Adapter:
     """Write an adapter: a folder with model file, config and card, or only the file if `path` ends in `.safetensors`.
 
@@ -385,6 +388,8 @@ def save_adapter(
         codec: only this codec, by id.
         weights: the frozen model or its state dict, for codecs that use the base.
         progress: called after each mask with the number of weights done and of those in all.
+        overwrite: replace an adapter that is there. False: that is a StateError. Default: it is replaced, since a
+            training may stand behind this call, and a warning is logged.
 
     Raises:
         AdapterError: if there is no mask, or anything cannot be stored; the message says what.
@@ -417,12 +422,20 @@ def save_adapter(
     given: dict[str, Any] = {"task": task, "class_names": names, "preprocess": prepared, "training": training}
     said = replace(about or About(), **{key: value for key, value in given.items() if value is not None})
     _check_names(sets, base)
+    if writes and not overwrite and (file := _model_file(Path(path))).exists():
+        if overwrite is not None:
+            raise StateError(f"{file} is there already; choose another name, or replace it with overwrite=True")
+        LOG.warning("%s was there already, and is replaced; overwrite=True says so without this warning", file)
     make = partial(encode, sets, base, said, cascade, weights, profile, codec, progress)
     if writes:
         return write_adapter(Path(path), make)
     with tempfile.TemporaryDirectory() as folder:  # the same bytes as the process that writes
         content = write_adapter(Path(folder) / MODEL_FILE, make).content
     return parse_adapter(content, Path(path))
+
+
+def _model_file(path: Path) -> Path:
+    return path if path.suffix == ".safetensors" else path / MODEL_FILE
 
 
 def write_adapter(
@@ -433,8 +446,8 @@ def write_adapter(
     `encoded` gives header and tensors; what it raises ends the writing before anything is replaced. A new folder gets
     the owner's words of the card `owners`.
     """
-    whole = path.suffix == ".safetensors"
-    model, config, card = (path, None, None) if whole else (path / MODEL_FILE, path / CONFIG_FILE, path / CARD_FILE)
+    whole, model = path.suffix == ".safetensors", _model_file(path)
+    config, card = (None, None) if whole else (path / CONFIG_FILE, path / CARD_FILE)
     with nullcontext() if whole else _folder(path):
         with writing(model.parent):
             file = tempfile.TemporaryFile(dir=model.parent)  # nameless: it goes with the process

@@ -72,6 +72,15 @@ def compare(
     Raises:
         StateError: if `output` holds a comparison with other settings, or another process writes into it.
         StoppedError: after SIGTERM or SIGUSR1, in the main thread. Others: of wrong settings, and of the baselines.
+
+    Example:
+        found = compare(
+            {"reference": "backbone.py:digits_cnn", "weights": "backbone.safetensors"},
+            {"reference": "digits:5-9"},
+            "./comparison",
+            baselines=["knn", "probe"],
+        )
+        print(found["rows"][0]["method"], found["rows"][0]["accuracy"])
     """
     config, folder, given = config or TrainConfig(), Path(output), dict(rates or {})
     backbone, data = _plain(backbone), _plain(data)

@@ -40,6 +40,9 @@ def grouped(module: nn.Module, per: Per = "module", names: Iterable[str] | None 
     layers with parameters, and parameters of modules that have layers of their own, stand alone. A block is all modules
     whose names begin alike up to the first part that is a number, as in `layer1.0` or `encoder.layer.3`; a module
     without a number in its name is a block.
+
+    Example:
+        blocks = grouped(model, "block")  # {"conv1": ["conv1.weight", "bn1.weight", …], …}
     """
     if per not in PER:
         raise ConfigError(f"per must be one of {', '.join(PER)}, got {per!r}")
@@ -170,6 +173,10 @@ def read_networks(
 
     Returns:
         The backbone as the adapters use it (preprocessing, head), a classifier that states are put into, the networks.
+
+    Example:
+        named = [("first", "./my-mask"), ("second", "./other-mask")]
+        backbone, classifier, networks = read_networks(backbone, named)
     """
     if applied(backbone.model) is not None:
         raise StateError("the model has a mask loaded, and networks start from the base; call unload_mask(model) first")
@@ -302,6 +309,10 @@ class Evaluations:
         data: with a training split if there is BatchNorm.
         split: "test" or "train". limit: at most so many of its rows, drawn by seed 0.
         folder: for the JSON file of each evaluation; None: nothing is kept.
+
+    Example:
+        evaluations = Evaluations(classifier, backbone, data, limit=100)
+        print(evaluations.of(networks[0].state)["accuracy"])
     """
 
     def __init__(

@@ -56,6 +56,10 @@ def barrier(
 
     Return {"points": {"t", "accuracy", "loss"} of each, "barrier": the most that accuracy lies below the straight line
     between those of the ends, 0 or more, "loss_barrier": the same of the loss, above that line}.
+
+    Example:
+        found = barrier(evaluations, networks[0].state, networks[1].state, points=3)
+        print(found["barrier"], found["points"][1]["accuracy"])
     """
     if points < 3:
         raise ConfigError(f"a barrier needs at least 3 points, the ends and one between them; got {points}")
@@ -83,6 +87,9 @@ def barriers(
 
     Return {"networks": {"network", "kind", "accuracy", "loss"}, "pairs": as of `each_pair`, with what `barrier` gives,
     "deviations": sample deviation of the accuracies of each kind with several networks}.
+
+    Example:
+        barrier_figure(barriers(evaluations, networks, points=3)["pairs"])
     """
     done, of = count(1), math.comb(len(networks), 2) * points
 
@@ -127,6 +134,10 @@ def mistakes(evaluations: Evaluations, networks: Sequence[Network], report: Prog
 
     Return {"networks": {"network", "kind", "accuracy"}, "pairs": as of `each_pair`, with what `common_mistakes` gives,
     "examples"}.
+
+    Example:
+        found = mistakes(evaluations, networks)
+        mistakes_figure([one.name for one in networks], found["pairs"])
     """
     with kept(evaluations.module):
         found = [evaluations.of(one.state, rows=True) for one in counted(networks, report)]
@@ -145,6 +156,10 @@ def mistakes(evaluations: Evaluations, networks: Sequence[Network], report: Prog
 def distances(networks: Sequence[Network], groups: Mapping[str, Sequence[str]], base: State) -> list[dict[str, Any]]:
     """Return for every pair of networks {"first", "second", "kinds", "parameters": as `parameter_distance`} and, if
     both are masks, "masks": as `mask_distance`. `base`: parameters of the backbone.
+
+    Example:
+        pairs = distances(networks, grouped(classifier), networks[0].initial)
+        print(pairs[0]["parameters"])
     """
 
     def apart(first: Network, second: Network) -> dict[str, Any]:
@@ -239,6 +254,10 @@ def similarities(
 
     `names` are as of `grouped`; those without an output, and the head, are left out. Return {"layers": names in order,
     "pairs": [{"first", "second", "kinds", "cka": of each layer}], "examples"}.
+
+    Example:
+        found = similarities(evaluations, networks, grouped(classifier))
+        similarity_figure(found["layers"], found["pairs"])
     """
     module = evaluations.module
     head = module.embedding.module if isinstance(module, Classifier) else None
@@ -369,6 +388,12 @@ def criticality(
         the trained module bears, as one of the scales, None if none of them, and "criticality": the least
         a² distance² / sigma² over the points and scales that are borne, None if none is; beside the rows "criticality"
         is their sum, None if one is None.
+
+    Example:
+        network = networks[0]
+        modules = grouped(classifier, names=network.initial)
+        found = criticality(evaluations, network.state, network.initial, modules)
+        criticality_figure(found["rows"])
     """
     if points < 1:
         raise ConfigError(f"points must be at least 1, got {points}")

@@ -111,6 +111,12 @@ def feature_reuse(
     Returns:
         {"size", "rows": {"start", "block", "accuracy": mean, "deviation", "accuracies", "seeds"}, "gains": {"block",
         "gain": mean accuracy of pretrained starts less that of random ones}}.
+
+    Example:
+        start = {"reference": "backbone.py:digits_cnn", "weights": "backbone.safetensors"}
+        config = TrainConfig(steps=10)
+        found = feature_reuse(start, load_data("digits:5-9"), "./reuse", config=config, blocks=[8, 1])
+        shuffle_figure(found["rows"])
     """
     first, trainings = load_backbone(**backbone), Trainings(Path(output), baseline, data, config, seeds, report)
     if not isinstance(first.preprocess, ImagePreprocess):
@@ -197,6 +203,12 @@ def from_checkpoints(
     Returns:
         {"rows": {"checkpoint": file name, "pretraining": accuracy or None, "accuracy": mean on the target, "deviation",
         "accuracies", "seeds"}} in the order of the checkpoints.
+
+    Example:
+        target, checkpoints = load_data("digits:5-9"), ["backbone.safetensors"]
+        config = TrainConfig(steps=10)
+        found = from_checkpoints({"reference": "backbone.py:digits_cnn"}, checkpoints, target, "./runs", config=config)
+        checkpoint_figure(found["rows"])
     """
     names = [Path(one).name.removesuffix(".safetensors") for one in checkpoints]
     check_each_once(checkpoints=names, seeds=seeds)

@@ -244,7 +244,7 @@ def candidates(backbone: Backbone, config: TrainConfig, weights: int, steps: int
     """
     method = METHODS[config.method]
     some = method.partial and not config.scale and config.selective == ALL
-    usual, found, lr = resolved(config, backbone), [DEFAULT], config.score_lr(steps, weights)
+    usual, found, lr = resolved(config, backbone), [DEFAULT], config.score_lr(steps, weights, backbone.task)
     open_top = config.top is None and some
     if open_top and config.beside:
         found.append(NORMS)

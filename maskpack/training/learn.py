@@ -116,7 +116,7 @@ def lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
 def resolved(config: TrainConfig, backbone: Backbone) -> TrainConfig:
     """Return settings with the defaults that follow from a backbone."""
     decided = config.top is not None and config.bn is not None
-    return config if decided else config.resolved(*masked_sizes(config, backbone))
+    return config if decided else config.resolved(*masked_sizes(config, backbone), backbone.task)
 
 
 def masked_sizes(config: TrainConfig, backbone: Backbone) -> tuple[int, int]:

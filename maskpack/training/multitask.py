@@ -416,7 +416,8 @@ def train_tasks(
                 results = train_jointly(backbone, own, config, joint, gated=mode == "gated", **parts)
             for name, one in results.items() if main else ():
                 said, saved = replace(one.about, training={**(one.about.training or {}), "mode": mode}), folder / name
-                done[name] = save_adapter(saved, one.parts, one.base, said, profile=profile, weights=backbone.model)
+                written: dict[str, Any] = {"profile": profile, "weights": backbone.model, "overwrite": True}
+                done[name] = save_adapter(saved, one.parts, one.base, said, **written)
             if not masks_only:  # last: a base that is there says that its tasks are finished
                 export_state((folder / run if mode == "separate" else folder) / BASE, backbone.model)
         if not main:

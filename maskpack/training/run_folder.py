@@ -313,8 +313,8 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasa
 
 
 @contextmanager
-def on_signal(answer: Callable[[int], None]) -> Iterator[None]:
-    """Answer the first SIGTERM or SIGUSR1; a second one does what it did before. Only in the main thread."""
+def on_signal(answer: Callable[[int], None], *more: int) -> Iterator[None]:
+    """Answer the first of SIGTERM, SIGUSR1 and `more`; a second does what it did before. Only in the main thread."""
     earlier: dict[int, Any] = {}
 
     def put_back() -> None:
@@ -326,7 +326,7 @@ def on_signal(answer: Callable[[int], None]) -> Iterator[None]:
         answer(number)
 
     if threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
+        for number in (*SIGNALS, *more):
             # one that is ignored stays so, and one that was not installed by Python could not be put back
             if signal.getsignal(number) not in (None, signal.SIG_IGN):
                 earlier[number] = signal.signal(number, first)
