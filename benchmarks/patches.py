@@ -1,4 +1,4 @@
-"""Bytes and rates of exact patches between real checkpoints, beside what others make of the same pairs.
+"""Bytes and rates of exact patches between real checkpoints, beside other tools on the same pairs.
 
     python -m benchmarks.patches        half an hour of one core, resumable; the pairs are made by patch_pairs.py
     python -m benchmarks.patches --write docs/results/patches.md
@@ -32,7 +32,7 @@ from maskpack.codecs.base import Side
 from maskpack.importers.base import Imported, exact, import_file
 from maskpack.importers.checkpoint import Largest
 from maskpack.mask import PackedMask, packed_bits
-from maskpack.safetensors_io import Made, open_tensors
+from maskpack.safetensors_io import Made, TensorFile
 
 from .measured import trial, trials
 from .patch_pairs import PAIRS, weights_path
@@ -49,7 +49,7 @@ Weights = Mapping[str, Tensor]
 
 
 class Coder(NamedTuple):
-    """What makes bytes of a tensor and back: arrays of words, of the base and of the tuned weights."""
+    """A way to code the tuned words of a tensor as bytes, given the base's, and to decode them."""
 
     encode: Callable[[Any, Any], bytes]
     decode: Callable[[bytes, Any], Any]
@@ -147,7 +147,7 @@ def pair_of(pair: str, scope: str) -> tuple[dict[str, Tensor], dict[str, Tensor]
     run, before, after = PAIRS[pair]
     both = []
     for step in (before, after):
-        file = open_tensors(weights_path(FOLDER, BASE, run, step))
+        file = TensorFile(weights_path(FOLDER, BASE, run, step))
         both.append({name: file[name].clone() for name in file if scope == "whole" or name.startswith(LAYERS)})
     return both[0], both[1]
 
@@ -231,7 +231,7 @@ def run(pair: str, scope: str) -> None:
 
 
 def simulated() -> dict[str, Any]:
-    """Code and decode values of a simulated step, without positions: what an optimiser adds is as large for all."""
+    """Code and decode values of a simulated optimiser step that changes all weights by as much, without positions."""
     rng, runs = np.random.default_rng(0), list[tuple[float, float]]()
     masters = (rng.standard_normal(8_000_000) * 0.02).astype(np.float32)
     base = (masters.view(np.uint32) >> 16).astype(np.uint16)
@@ -250,7 +250,7 @@ def simulated() -> dict[str, Any]:
 
 
 def used(pair: str) -> dict[str, Any]:
-    """Measure what a user does: pack a checkpoint, base and checkpoint in their files, and load it, all checked."""
+    """Measure a user's way: pack a checkpoint from its files, and load the patch with all checks."""
     from transformers import AutoModelForCausalLM
 
     one_core()
@@ -280,7 +280,7 @@ def used(pair: str) -> dict[str, Any]:
         stage("model")
         load_mask(whole, file)
         stage("load")
-        tensors = open_tensors(tuned)
+        tensors = TensorFile(tuned)
         assert all(np.array_equal(words(p.detach()), words(tensors[name])) for name, p in whole.named_parameters())
         stage("check")
         unload_mask(whole)

@@ -93,7 +93,7 @@ def test_a_bar_counts_what_is_known_and_says_what_is_left(monkeypatch: pytest.Mo
         moved(0, None)
         for step in range(1, 601):
             now[0] += 1
-            moved(step, 1200)
+            moved(step, 1200, "a long name of what is done, " * 5)
             if step % 100 == 50:
                 moved(2, 2)  # an evaluation
     assert "None" not in shown.getvalue()

@@ -96,7 +96,7 @@ def _inputs(files: tuple[str, ...], texts: tuple[str, ...], are_texts: bool) -> 
             try:
                 content = sys.stdin.read() if name == "-" else path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise DataError(f"cannot read the text file {name!r}: {error}") from None
+                raise DataError(f"cannot read {name!r}: {error}; give text in UTF-8, a line each") from None
             found += [line for line in content.splitlines() if line.strip()]
         elif not path.exists():
             more = "; a text itself is given by --text" if are_texts else ""
@@ -131,7 +131,8 @@ def generate(
     hint(f"Adapter: {adapter.pinned}")
     torch.manual_seed(seed)
     options: dict[str, Any] = {"tokenizer": backbone.tokenizer, "tokens": tokens, "temperature": temperature}
-    texts = adapter.generate(backbone.model, prompt, **options)
+    with progress_bar("generating, tokens", percent=False) as moved:
+        texts = adapter.generate(backbone.model, prompt, progress=moved, **options)
     emit({"generated": [{"prompt": one, "text": text} for one, text in zip(prompt, texts, strict=True)]})
     say(*texts)
 
@@ -307,7 +308,7 @@ def write_report(
     from maskpack import lab
     from maskpack.adapter.signature import describe_signature
     from maskpack.hub.pull import open_adapter
-    from maskpack.safetensors_io import replacing
+    from maskpack.safetensors_io import write_file
 
     file = output or Path(f"{Path(ref.partition('@')[0]).name.removesuffix('.safetensors') or 'adapter'}.html")
     if file.suffix != ".html":
@@ -323,9 +324,7 @@ def write_report(
     options: dict[str, Any] = {"examples": examples, "signature": signature, "batch_size": batch_size}
     with nullcontext() if read is None else reading("evaluating, batches"):
         page = lab.adapter_report(adapter, backbone=backbone, data=read, **options)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as (temporary,):
-        temporary.write_text(page, encoding="utf-8")
+    write_file(file, page)
     emit({"file": str(file), "bytes": file.stat().st_size}, f"✓ {file}")
 
 

@@ -1,4 +1,4 @@
-// A click on the head of a table's column sorts its rows; a second one turns the order around.
+// A click on the head of a table's column sorts its rows; a second one turns the order around. An option is one word.
 (() => {
   // the first number of a cell ("82.6 ± 1.4", "9,327 (2,091 of masks)", "-.029"), else its text
   const value = (cell) => {
@@ -23,6 +23,8 @@
     body.append(...rows.map(([row]) => row));
   };
   const prepare = () => {
+    for (const code of document.querySelectorAll("article :not(pre) > code"))
+      if (/^-\S+$/.test(code.textContent)) code.classList.add("option");
     for (const head of document.querySelectorAll("article table thead th")) {
       const body = head.closest("table").tBodies[0];
       if (head.dataset.sorts || !body || body.rows.length < 3) continue;

@@ -1,4 +1,4 @@
-"""What an adapter file holds, as plain values: nothing is decoded and no base is needed."""
+"""Description of an adapter file as plain values; nothing is decoded and no base is needed."""
 
 import json
 from pathlib import Path

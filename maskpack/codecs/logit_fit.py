@@ -88,7 +88,7 @@ class Rounded(NamedTuple):
 
 
 class Probes(NamedTuple):
-    """What weights' residuals or variances are multiplied by, and the sums of that over inputs and over rows.
+    """Probe vectors that residuals or variances are multiplied by, and the sums of the products over inputs and rows.
 
     Attributes:
         along: (probes, inputs), whose sums over inputs are `images` (rows, probes). across: (rows, probes), whose sums
@@ -134,7 +134,7 @@ class Sums(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Weights of a parameter without kernels whose odds stand for those of all, which differ little; rising.
+    """A sample of the weights of a matrix, by rising position, which stands for all of them in the fit.
 
     Attributes:
         columns: of each. ends: how many there are before each row, and in all.
@@ -319,7 +319,7 @@ class Fit:
         return self._stepped(self.sums(names), priors)
 
     def start(self) -> None:
-        """Give what hardly depends on rows and inputs the log-odds of each of its bins, where all else is 0."""
+        """Start arrays that hardly depend on rows and inputs from the log-odds of their bins; all others are 0."""
         found = self.sums([name for name in TOGETHER[0] if name in self.values])
         both = int(_curve()[(round(NAT * self.offset) + 4 >> 3) + EXTREME * PARTS])
         p, variance = (both >> 16) / ONE, (both & 0xFFFF) / ONE
@@ -378,12 +378,12 @@ class Fit:
                 self.better(names)
 
     def forget(self) -> None:
-        """Set arrays that are worth less than their bits to 0, for good: most of what is known tells nothing."""
+        """Set arrays that save fewer bits than they cost to 0, for good."""
         for name in [name for name in self.values if self.worth[name] < LEAST_WORTH]:
             del self.values[name]
 
     def search(self) -> None:
-        """Find the directions of the low rank: what is left of the events, times signs, is nearly noise without."""
+        """Search the directions of the low rank, by power iteration on the residuals times the base's signs."""
         (rows, inputs, _), found = self.grid, self.sums(ARRAYS[:2])
         scales = [np.maximum(np.sqrt(found.arrays[name][1] / math.sqrt(found.total[1])), 1e-3) for name in ARRAYS[:2]]
         odd = 2654435761 * (2 * np.arange(MAX_RANK + 2, dtype=np.uint64) + 3)

@@ -1,4 +1,4 @@
-"""The odds of each weight of a parameter, as integers in 1/16 nat: what the codec `logit` knows and evaluates."""
+"""Model of the codec `logit`: the log-odds of each weight of a parameter, as integers in 1/16 nat."""
 
 import math
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class Grid(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What both sides know of each weight, in the order of coding: its class in the base, its bit in the reference."""
+    """Context of each weight, known when packing and unpacking: its class in the base, its bit in the reference."""
 
     classes: Bits | None
     reference: Bits | None
@@ -135,7 +135,7 @@ class Model(NamedTuple):
 
 
 class Before:
-    """How many events there were so far in each kernel, by the base's signs, and what that adds to levels.
+    """Counts of the events so far in each kernel, by the base's signs, and what they add to the levels.
 
     Args:
         units: of each model. arrays: what contexts add in each, or None.

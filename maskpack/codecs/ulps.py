@@ -80,7 +80,7 @@ def _nearest(counts: NDArray[np.int64]) -> Tables:
 
 
 def _bits(counts: NDArray[np.int64], tables: Tables) -> list[float]:
-    """Return of each table what it takes to say which buckets come, these often, and the table itself."""
+    """Return the bits that each table takes to code buckets of these counts, its own description included."""
     used = (tables > 0) * np.arange(1, BUCKETS + 1)
     saying = (counts * LOGS[np.where(counts > 0, _sizes(tables), SLOTS)]).sum(1)
     found: list[float] = (saying + 8 + 4 * used.max(1)).tolist()
@@ -88,7 +88,7 @@ def _bits(counts: NDArray[np.int64], tables: Tables) -> list[float]:
 
 
 def _chosen(counts: NDArray[np.int64]) -> tuple[int, Tables]:
-    """Return the highest exponent and the tables, of as many contexts as are worth it."""
+    """Return the highest exponent and the table of each context, with as many contexts as save bits."""
     if (library := native.library()) is not None:
         room, highest = np.empty((MOST_CONTEXTS + 1, BUCKETS), np.uint8), c_int32(0)
         arrays = native.pointer(counts), native.pointer(BOUNDS), native.pointer(LOGS)
@@ -199,7 +199,7 @@ def kind_of(data: Bytes) -> Float:
 
 
 class Parsed(NamedTuple):
-    """What a payload of values says: the highest exponent, `_entries`, the rest bits, the words of the lanes."""
+    """A parsed payload of values: highest exponent, `_entries`, rest bits, and the words of the lanes."""
 
     kind: Float
     top: int

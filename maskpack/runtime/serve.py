@@ -22,7 +22,7 @@ POLL = 0.05  # seconds
 
 @dataclass(frozen=True, slots=True)
 class Switched:
-    """What a server computes with now, and what it took.
+    """Result of a switch: the adapter that a server computes with now, and the time it took.
 
     Attributes:
         ref: the reference that always means these bytes; None: the base. digest: of the adapter's file.

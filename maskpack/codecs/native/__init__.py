@@ -1,4 +1,4 @@
-"""The compiled inner loops of coding, where they were built; numpy does the same, more slowly."""
+"""Access to the compiled inner loops of the codecs; without them numpy gives the same bits, more slowly."""
 
 import ctypes
 import logging
@@ -91,7 +91,7 @@ def opened(path: Path) -> ctypes.CDLL | None:
 
 @cache
 def say_what_is_lost() -> None:
-    """Say, once, that decoding would be many times as fast with the library."""
+    """Warn once that decoding would be many times as fast with the compiled library."""
     logging.getLogger("maskpack").warning(
         "the compiled loops of maskpack are missing, so that masks decode about ten times more slowly; "
         "install a wheel, or install again where there is a C compiler"

@@ -178,7 +178,7 @@ def _write(
     trial: Trial, parts: Parts | Mapping[str, Parts], base: Fingerprint, about: About, cascade: Cascade | None = None
 ) -> Adapter:
     path = trial.folder / "mask.safetensors"
-    return save_adapter(path, parts, base, about, cascade=cascade, weights=trial.backbone.model)
+    return save_adapter(path, parts, base, about, cascade=cascade, weights=trial.backbone.model, overwrite=True)
 
 
 def _learned(result: TrainResult) -> int:
