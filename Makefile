@@ -79,6 +79,16 @@ $(CLIENT)/version.txt: pyproject.toml $(VENV)/.installed
 lowest-client: $(CLIENT)/version.txt ## tests of push and pull with the lowest Hub client that is allowed
 	MASKPACK_CLIENT=$$(cat $(CLIENT)/version.txt) PYTHONPATH=$(CLIENT) OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) $(CLIENT_TESTS)
 
+# an S3 server and a client for it, laid over the environment
+S3 := .clients/s3
+$(S3)/.installed: $(VENV)/.installed
+	rm -rf $(S3)
+	$(BIN)/pip install --quiet --target $(S3) 'moto[s3]' flask flask-cors s3fs
+	touch $@
+
+s3: $(S3)/.installed ## weights of a training loop through an S3 server on this machine; 130 MB of packages
+	PYTHONPATH=$(S3) OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_exchange.py -k s3
+
 lowest: ## tests of the core with the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv .venv-lowest
 	$(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print("\n".join(d.split(",")[0].replace(">=", "==") for d in p["dependencies"]))' > .venv-lowest/lowest.txt
