@@ -24,7 +24,7 @@ from maskpack.adapter.edit import convert_adapter
 from maskpack.adapter.read import read_adapter
 from maskpack.adapter.values import Steps
 from maskpack.codecs import native, ulps
-from maskpack.codecs.base import where_ones
+from maskpack.codecs.base import where_ones, words_of
 from maskpack.errors import BackboneMismatchError, CorruptAdapterError, DataError
 from maskpack.importers.base import Imported, exact, import_file
 from maskpack.importers.checkpoint import Largest
@@ -246,6 +246,10 @@ def test_the_second_reader_reads_stored_values(tiny: nn.Module, tmp_path: Path) 
         assert np.array_equal(dense[f"default/values/{name}"], expected)
 
 
+def test_words_of_a_single_weight() -> None:
+    assert words_of(torch.ones((), dtype=torch.bfloat16).expand(1)).tolist() == [0x3F80]
+
+
 def test_a_patch_needs_the_same_tensors(tiny: nn.Module, tmp_path: Path) -> None:
     file = tmp_path / "tuned.safetensors"
     state = tuned_of(tiny, torch.float32).state_dict()
@@ -269,6 +273,9 @@ def test_a_patch_needs_the_same_tensors(tiny: nn.Module, tmp_path: Path) -> None
         with pytest.raises(DataError) as caught:
             import_file(file, tiny, "checkpoint")
         assert f"1 tensors do not fit: {expected}" in str(caught.value)
+    save_file({"maskpack": torch.zeros(9, dtype=torch.uint8)}, file)
+    with pytest.raises(DataError, match="is an adapter"):
+        import_file(file, tiny, "checkpoint")
     save_file(both, file)
     with pytest.raises(DataError) as caught:
         import_file(file, tiny, "checkpoint")

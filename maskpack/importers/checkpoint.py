@@ -38,6 +38,10 @@ class Checkpoint:
         been loaded in float32 whatever its own file holds.
         """
         tensors = TensorFile(path)
+        if [*tensors] == ["maskpack"]:
+            raise DataError(
+                f"{path} is an adapter, expected a checkpoint; `maskpack export` writes the checkpoint that it makes"
+            )
         stored, problems = _stored(path, tensors, base)
         statistics = dict[str, Tensor]()
         for name, place in stored.items():
