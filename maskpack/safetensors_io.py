@@ -299,16 +299,20 @@ class Blob:
 
 
 class TensorFile(Mapping[str, "Tensor"]):
-    """The tensors of a checkpoint by name, each read when it is asked for and not kept; see `open_tensors`.
+    """The tensors of a checkpoint that the user names, each read when it is asked for and not kept.
 
     `shapes`, by name, are known without reading a tensor.
+
+    Args:
+        path: a safetensors file, the index of one in several files (`*.safetensors.index.json`), or a folder with one
+            of either. What is missing, damaged or ambiguous is a DataError, also when a tensor is read.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
         self._files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for shard, name, shape in _walk(path, lambda file, name: tuple(file.get_slice(name).get_shape())):
+        for shard, name, shape in _walk(self.path, lambda file, name: tuple(file.get_slice(name).get_shape())):
             self._files[name], self.shapes[name] = shard, shape
         self.shapes = dict(sorted(self.shapes.items()))
 
@@ -349,18 +353,8 @@ class Made(Mapping[str, "Tensor"]):
         return len(self._names)
 
 
-def open_tensors(path: str | Path) -> TensorFile:
-    """Open a checkpoint that the user names, to read it tensor by tensor; memory holds those in use only.
-
-    Args:
-        path: a safetensors file, the index of one in several files (`*.safetensors.index.json`), or a folder with one
-            of either. What is missing, damaged or ambiguous is a DataError, also when a tensor is read.
-    """
-    return TensorFile(Path(path))
-
-
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read a checkpoint of weights, masks or scores that the user names, all of it. As `open_tensors`."""
+    """Read a checkpoint of weights, masks or scores that the user names, all of it. As `TensorFile`."""
     return {name: tensor for _, name, tensor in _walk(Path(path), lambda file, name: file.get_tensor(name))}
 
 
@@ -384,26 +378,16 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file in canonical bytes: the same tensors and metadata give the same file.
 
-    It is replaced as a whole or not at all, and its folder must exist. Bytes of blobs are not joined in memory.
+    It is replaced as a whole or not at all, and its folder must exist. Bytes of blobs are not joined in memory. A
+    metadata entry `SEAL`: `UNSEALED` becomes the header's own digest.
     """
     blobs = [Blob.of(*item) for item in tensors.items()] if isinstance(tensors, Mapping) else list(tensors)
-    with replacing(path) as (temporary,):
-        write_blobs(temporary, blobs, metadata)
-
-
-def write_blobs(path: Path, blobs: Iterable[Blob], metadata: Mapping[str, str]) -> None:
-    """Write the bytes of a safetensors file; a metadata entry `SEAL`: `UNSEALED` becomes the header's own digest."""
-    blobs = file_order(blobs)
-    with path.open("wb") as file:
+    blobs.sort(key=lambda blob: (-DTYPES[blob.dtype][1], blob.name))  # wider elements first, so that each is aligned
+    with replacing(path) as (temporary,), temporary.open("wb") as file:
         file.write(_header(blobs, metadata))
         for blob in blobs:
             for piece in blob.data:
                 file.write(piece)
-
-
-def file_order(blobs: Iterable[Blob]) -> list[Blob]:
-    """Return blobs as they lie in a file: wider elements first, so that each is aligned, then by name."""
-    return sorted(blobs, key=lambda blob: (-DTYPES[blob.dtype][1], blob.name))
 
 
 def _header(blobs: Sequence[Blob], metadata: Mapping[str, str]) -> bytes:
@@ -520,6 +504,15 @@ def replacing(*paths: str | Path) -> Iterator[list[Path]]:
                 path.unlink(missing_ok=True)
         for descriptor in locked:
             os.close(descriptor)
+
+
+def write_file(path: str | Path, content: str | bytes) -> None:
+    """Write a file, whole or not at all, and its folder if there is none; text is UTF-8. Errors as of `writing`."""
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as (temporary,):
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def _sync(path: Path) -> None:

@@ -16,8 +16,8 @@ from maskpack.safetensors_io import (
     DTYPES,
     MAX_DIMENSION,
     Blob,
+    TensorFile,
     lock,
-    open_tensors,
     parse_header,
     read_tensors,
     replacing,
@@ -46,7 +46,7 @@ def test_writes_what_the_official_library_reads(tmp_path: Path) -> None:
 
 def test_one_tensor_at_a_time(tmp_path: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in TENSORS.items()}, tmp_path / "x")
-    found = open_tensors(tmp_path / "x")
+    found = TensorFile(tmp_path / "x")
     assert found.shapes == {"a": (3,), "b": (3, 2), "c": (0, 4), "d": ()}
     assert list(found) == sorted(TENSORS)
     assert len(found) == 4
@@ -64,16 +64,16 @@ def test_one_tensor_at_a_time(tmp_path: Path) -> None:
         found["a"]
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="no file .*pipe"):
-        open_tensors(tmp_path / "pipe")
+        TensorFile(tmp_path / "pipe")
 
 
 def test_what_was_read_does_not_stay_in_memory(tmp_path: Path) -> None:
     write_tensors(tmp_path / "x", {f"{i:02}": torch.ones(1 << 21) for i in range(24)}, {})  # 192 MiB, 8 each
     code = (
         "import resource, sys, torch\n"
-        "from maskpack.safetensors_io import open_tensors\n"
+        "from maskpack.safetensors_io import TensorFile\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10\n"
-        "tensors = open_tensors(sys.argv[1])\n"
+        "tensors = TensorFile(sys.argv[1])\n"
         "tensors['00'].sum()\n"
         "before = peak()\n"
         "assert sum(int(t.sum()) for t in tensors.values()) == 24 << 21\n"

@@ -308,7 +308,7 @@ def write_report(
     from maskpack import lab
     from maskpack.adapter.signature import describe_signature
     from maskpack.hub.pull import open_adapter
-    from maskpack.safetensors_io import replacing
+    from maskpack.safetensors_io import write_file
 
     file = output or Path(f"{Path(ref.partition('@')[0]).name.removesuffix('.safetensors') or 'adapter'}.html")
     if file.suffix != ".html":
@@ -324,9 +324,7 @@ def write_report(
     options: dict[str, Any] = {"examples": examples, "signature": signature, "batch_size": batch_size}
     with nullcontext() if read is None else reading("evaluating, batches"):
         page = lab.adapter_report(adapter, backbone=backbone, data=read, **options)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as (temporary,):
-        temporary.write_text(page, encoding="utf-8")
+    write_file(file, page)
     emit({"file": str(file), "bytes": file.stat().st_size}, f"✓ {file}")
 
 

@@ -267,7 +267,7 @@ class Run(ABC):
     def _facts(self, at: Position) -> dict[str, Any]:
         """Return the facts of a checkpoint, beside its tensors."""
         scaler = self.accelerator.scaler
-        run = {**self.facts, "base": self.base.digests[self.base.dtype]}
+        run = {**self.facts, "base": self.base.digest}
         scaled = None if scaler is None else scaler.state_dict()
         return {**asdict(at), "run": run, "more": self.state(), "scaler": scaled, "log": self.folder.size()}
 

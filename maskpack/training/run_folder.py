@@ -24,10 +24,11 @@ from ..safetensors_io import (
     check_seal,
     lock,
     parse_header,
-    replacing,
     strict_json,
     tensor_of,
+    write_file,
     write_tensors,
+    writing,
 )
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -88,13 +89,9 @@ def locked(folder: Path | None) -> Iterator[None]:
         yield
         return
     path = folder / LOCK
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = _locked_file(path)
-    except OSError as error:
-        raise StateError(
-            f"cannot write into {folder}: {error.strerror or error}; choose a folder that you may write to"
-        ) from error
     _held.add(file)
     try:
         yield
@@ -140,13 +137,14 @@ def check_untaken(folder: Path, resume: bool) -> None:
     if (folder / LOCK).exists():
         with locked(folder):
             pass
-    _check_new(folder, resume)
+    check_new(folder / FILE, resume)
 
 
-def _check_new(folder: Path, resume: bool) -> None:
-    if (folder / FILE).exists() and not resume:
+def check_new(path: Path, resume: bool, what: str = "checkpoint") -> None:
+    """Raise StateError if there is a file of an earlier run, such as its checkpoint, which is not to be resumed."""
+    if path.exists() and not resume:
         raise StateError(
-            f"{folder} holds the checkpoint of an earlier run; continue it with resume (--resume), or choose another "
+            f"{path.parent} holds the {what} of an earlier run; continue it with resume (--resume), or choose another "
             f"folder (--overwrite replaces it)"
         )
 
@@ -185,7 +183,6 @@ def claim(path: Path, about: Mapping[str, Any], defaults: Mapping[str, Any] | No
     """
     if not path.exists():
         if write and is_main_process():
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, about)
         return
     there, here = read_json(path, frozenset(about), "choose another folder"), json.loads(json.dumps(about))
@@ -205,8 +202,7 @@ def claim(path: Path, about: Mapping[str, Any], defaults: Mapping[str, Any] | No
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     """Write a value as JSON, whole or not at all."""
-    with replacing(path) as (temporary,):
-        temporary.write_text(json.dumps(value, indent=indent, sort_keys=True) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(value, indent=indent, sort_keys=True) + "\n")
 
 
 def read_json(path: Path, keys: frozenset[str], remedy: str) -> dict[str, Any]:
@@ -266,10 +262,10 @@ class RunFolder:
             yield
             return
         with locked(self.path):
-            _check_new(self.path, self.resume)
+            check_new(self.checkpoint, self.resume)
             if self.log is not None:
                 require("tensorboard", "train", "writing TensorBoard logs")
-                with self._writing("make room, or choose a folder that you may write to"):
+                with writing(self.log):
                     self.log.open("a" if self.resume else "w").close()
             try:
                 yield
@@ -302,7 +298,7 @@ class RunFolder:
         self.tell(event)
         if self.log is None:
             return
-        with self._writing("make room and resume from the last checkpoint"):
+        with writing(self.log, unchanged=False):
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(event, sort_keys=True) + "\n")
             if self.board is None:
@@ -311,13 +307,6 @@ class RunFolder:
         for name, value in event.items():
             if isinstance(value, float):
                 self.board.add_scalar(f"{event['event']}/{name}", value, event["step"])
-
-    @contextmanager
-    def _writing(self, remedy: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise StateError(f"cannot write the logs in {self.path}: {error.strerror or error}; {remedy}") from error
 
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
