@@ -51,6 +51,7 @@ WORTH = 1 << 14  # weights; coding is slow
 WORTH_STEPS = 0.5  # of the bytes of stored values
 PIECE = 1 << 20  # bytes
 LEVEL = 19  # of the index's frame
+version_of = cache(importlib.metadata.version)
 
 
 class Spooled:
@@ -302,7 +303,7 @@ def encode(
     dense.sort(key=lambda blob: blob.name)
     first_blob = Blob(BASE, "U8", (len(masked), BASE_BYTES), [base.tensors[name] for name in masked])
     header = Header(
-        f"maskpack/{importlib.metadata.version('maskpack')}",
+        f"maskpack/{version_of('maskpack')}",
         rows_id((p.set, p.name, p.coding.op, p.shape, digest) for p, digest, *_ in rows),
         replace(base, tensors={}),
         {
