@@ -32,7 +32,7 @@ from maskpack.codecs.base import Side
 from maskpack.importers.base import Imported, exact, import_file
 from maskpack.importers.checkpoint import Largest
 from maskpack.mask import PackedMask, packed_bits
-from maskpack.safetensors_io import Made, open_tensors
+from maskpack.safetensors_io import Made, TensorFile
 
 from .measured import trial, trials
 from .patch_pairs import PAIRS, weights_path
@@ -147,7 +147,7 @@ def pair_of(pair: str, scope: str) -> tuple[dict[str, Tensor], dict[str, Tensor]
     run, before, after = PAIRS[pair]
     both = []
     for step in (before, after):
-        file = open_tensors(weights_path(FOLDER, BASE, run, step))
+        file = TensorFile(weights_path(FOLDER, BASE, run, step))
         both.append({name: file[name].clone() for name in file if scope == "whole" or name.startswith(LAYERS)})
     return both[0], both[1]
 
@@ -280,7 +280,7 @@ def used(pair: str) -> dict[str, Any]:
         stage("model")
         load_mask(whole, file)
         stage("load")
-        tensors = open_tensors(tuned)
+        tensors = TensorFile(tuned)
         assert all(np.array_equal(words(p.detach()), words(tensors[name])) for name, p in whole.named_parameters())
         stage("check")
         unload_mask(whole)

@@ -29,7 +29,7 @@ from maskpack.errors import BackboneMismatchError, CorruptAdapterError, DataErro
 from maskpack.importers.base import Imported, exact, import_file
 from maskpack.importers.checkpoint import Largest
 from maskpack.mask import MaskSet
-from maskpack.safetensors_io import Made, open_tensors
+from maskpack.safetensors_io import Made, TensorFile
 
 from .conftest import TinyNet
 from .helpers_cli import BACKBONE
@@ -315,8 +315,8 @@ def test_command_line(tmp_path: Path) -> None:
     verified = run("verify", out, *BACKBONE)
     assert verified.exit_code == 0, verified.output
     assert run("export", out, *BACKBONE, "--output", dense).exit_code == 0
-    exported = open_tensors(dense)
-    for name, tensor in open_tensors(tuned).items():
+    exported = TensorFile(dense)
+    for name, tensor in TensorFile(tuned).items():
         assert torch.equal(exported[name], tensor)
     refused = run("pack", dense, "--from", "checkpoint", "--backbone", BACKBONE[1], "--output", tmp_path / "x")
     assert refused.exit_code in (0, 1)

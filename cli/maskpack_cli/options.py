@@ -35,7 +35,7 @@ from maskpack.errors import BackboneError, ConfigError, StateError
 from maskpack.preprocess import TASKS
 from maskpack.training.config import RECIPES, Bytes, read_config
 
-from .console import Output, heard, importing, note, quiet_libraries
+from .console import Output, doing, heard, importing, note, quiet_libraries
 
 if TYPE_CHECKING:
     from maskpack.backbone.load import Backbone
@@ -412,10 +412,25 @@ class Base(Weights):
                 )
         size = (adapter.about.preprocess or {}).get("size")
         task = next((one for one in TASKS if one == adapter.about.task), None)
-        backbone = maskpack.load_backbone(
-            reference, weights=weights, random_weights=random, image_size=size, mapped=mapped, task=task
-        )
-        return backbone if mapped else placed(backbone)
+        options: dict[str, Any] = {"weights": weights, "random_weights": random, "image_size": size, "task": task}
+        with doing(f"Loading {reference} …"):
+            backbone = maskpack.load_backbone(reference, mapped=mapped, **options)
+            return backbone if mapped else placed(backbone)
+
+    def loaded(self, adapter: "maskpack.Adapter", **options: Any) -> "Backbone":
+        """Load the backbone and the adapter; later verbs find a backbone that was given, and was the right one."""
+        backbone = self.of(adapter)
+        maskpack.load_mask(backbone.model, adapter, **options)
+        self.remember(adapter)
+        return backbone
+
+    def remember(self, adapter: "maskpack.Adapter") -> None:
+        """Write down that the backbone given is the base of an adapter, which was loaded onto it."""
+        from maskpack.backbone.fingerprint import remember_backbone
+
+        if self.backbone is not None and "float32" in adapter.base.digests:
+            given = {"reference": self.backbone, "weights": self.weights, "random_weights": self.random_weights}
+            remember_backbone(adapter.base.digests["float32"], given)
 
 
 @group("Backbone")

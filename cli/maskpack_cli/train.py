@@ -285,7 +285,7 @@ def init(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a settings file for `maskpack train --config`: every option with its default and what it does."""
-    from maskpack.safetensors_io import replacing
+    from maskpack.safetensors_io import write_file
 
     if file.suffix != ".toml":
         raise ConfigError(f"{file} ends in {file.suffix!r}, expected .toml; give the settings this ending")
@@ -306,8 +306,7 @@ def init(
                 flag, default = flag.removesuffix("s"), []
             value = "" if default in (None, MISSING) else f" {json.dumps(default)}"
             lines += ["", *(f"# {line}" for line in wrap(text, 100)), f"#{flag} ={value}"]
-    with replacing(file) as (temporary,):
-        temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    write_file(file, "\n".join([*lines, ""]))
     emit({"file": str(file)}, f"✓ {file}", {})
     return hint(f"Next: maskpack train --config {shlex.quote(str(file))}")
 

@@ -57,24 +57,26 @@ def tells_classes(weight: Tensor) -> bool:
 
 
 def base_weight(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    """Return the weights of one parameter of the base.
-
-    A parameter that is missing, of another shape, or of a dtype that no longer tells which classes its weights had is
-    a BackboneMismatchError.
-    """
+    """Return the weights of one parameter of the base, which must have this shape, or raise BackboneMismatchError."""
     tensor = weights.get(name)
     if tensor is None or tuple(tensor.shape) != shape:
         what = "no such parameter" if tensor is None else f"one of shape {tuple(tensor.shape)}"
         raise BackboneMismatchError(
-            f"the mask of {name!r} is coded with the base's weights of shape {shape}, and the base given has {what}; "
-            f"give the backbone that the adapter was made for"
-        )
-    if not tells_classes(tensor):
-        raise BackboneMismatchError(
-            f"the mask of {name!r} is coded with the base's weights, and the base given has them as {tensor.dtype}, "
-            f"expected torch.float32 or torch.bfloat16; load the adapter before casting the model"
+            f"the adapter changes {name!r} of shape {shape}, and the base given has {what}; give the backbone that the "
+            f"adapter was made for"
         )
     return whole(tensor)
+
+
+def coded_weight(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """As `base_weight`, in a dtype that still tells which classes the weights had: a mask is coded with them."""
+    weight = base_weight(weights, name, shape)
+    if not tells_classes(weight):
+        raise BackboneMismatchError(
+            f"the mask of {name!r} is coded with the base's weights, and the base given has them as {weight.dtype}, "
+            f"expected torch.float32 or torch.bfloat16; load the adapter before casting the model"
+        )
+    return weight
 
 
 def key_of(payload: Payload) -> Key:
@@ -181,7 +183,7 @@ class Decoder:
                 f"{self.adapter.path}: the mask of {name!r} is packed with the weights of {base.id} and cannot be "
                 f"decoded alone; pass that model: --backbone on the command line, base= in Python"
             )
-        weight = base_weight(self.weights, name, payload.shape)
+        weight = coded_weight(self.weights, name, payload.shape)
         if not same_digest(tensor_digest(weight, weight.dtype), base, name, weight.dtype):
             raise BackboneMismatchError(
                 f"the mask of {name!r} was packed with other weights than those of the base given; load {base.id}, "
@@ -281,12 +283,7 @@ class Decoder:
         """Return the digest of a payload's bits; with the base, stored values are decoded as well."""
         bits, values = self.decode(payload)[0], f"{payload.set}/values/{payload.name}"
         if self.weights is not None and payload.coding.op == "replace" and self.adapter.spans[values].dtype == "U8":
-            weight = self.weights.get(payload.name)
-            if weight is None or tuple(weight.shape) != payload.shape:
-                raise BackboneMismatchError(
-                    f"the base given has no {payload.name!r} of shape {payload.shape}, from which stored values are "
-                    f"steps; load {self.adapter.base.id}, which the adapter was made for"
-                )
+            weight = base_weight(self.weights, payload.name, payload.shape)
             Steps(self.adapter.bytes_of(values)).values(at_zeros(weight, PackedMask(bits, payload.shape)))
         return bits_digest(bits)
 

@@ -34,16 +34,16 @@ from ..errors import (
 )
 from ..mask import MaskSet, Op, PackedMask, bits_digest, packed_bits, rows_id
 from ..preprocess import Preprocess, preprocess_to_json
-from ..safetensors_io import MAX_HEADER, Blob, replacing, writing
+from ..safetensors_io import MAX_HEADER, NAMES, Blob, replacing, write_file, writing
 from ..threads import Progress, counted, in_order
 from .card import CARD_FILE, render_card, update_card
 from .content import LEARNING, About, Cascade, Learned, Parts
-from .decode import Weights, base_weight, by_name, in_step, tells_classes
+from .decode import Weights, by_name, coded_weight, in_step, tells_classes
 from .describe import config_text, inspect_adapter
 from .header import DICTIONARY, Coding, Header, Payload, SetHeader, cascade_to_json
 from .read import CONFIG_FILE, DIGEST_BYTES, MAX_CONFIG, MODEL_FILE, Adapter, opening, parse_adapter, read_model
 from .signature import remove_signature
-from .tensors import BASE, BASE_BYTES, dense_blobs, head_to_json, values_blob
+from .tensors import BASE, BASE_BYTES, FLOATS, dense_blobs, head_to_json, not_float
 from .values import Steps, at_zeros
 
 LOG = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ WORTH = 1 << 14  # weights; coding is slow
 WORTH_STEPS = 0.5  # of the bytes of stored values
 PIECE = 1 << 20  # bytes
 LEVEL = 19  # of the index's frame
+version_of = cache(importlib.metadata.version)
 
 
 class Spooled:
@@ -134,7 +135,7 @@ def _code(
         if job.values is not None and weight is not None and not tells_classes(weight):
             codecs = rivals_of(False)
         else:
-            words = words_of(base_weight(weights, job.name, shape))
+            words = words_of(coded_weight(weights, job.name, shape))
     # whether a weight was changed at all hardly follows from the direction, and so not from its sign
     lean = job.op != "replace"
     variants, against = [(bits, Side(shape, words, lean=lean))], None
@@ -162,10 +163,17 @@ def _code(
 
 
 def _values_blob(job: _Job, values: Tensor | Steps, weight: Tensor | None, least: float) -> Blob:
-    base = None
-    if weight is not None and not isinstance(values, Steps) and tuple(weight.shape) == job.mask.shape:
-        base = at_zeros(weight, job.mask).cpu()
-    return values_blob(f"{job.set}/values/{job.name}", values, base, least)
+    """Return stored values, as steps from the base's weights where that takes at most this share of their bytes."""
+    name, steps = f"{job.set}/values/{job.name}", values if isinstance(values, Steps) else None
+    if not isinstance(values, Steps):
+        if NAMES.get(str(values.dtype)) not in FLOATS:
+            raise not_float(name, values)
+        if weight is not None and tuple(weight.shape) == job.mask.shape:
+            steps = Steps.of(values.detach().cpu(), at_zeros(weight, job.mask).cpu())
+        if steps is None or steps.nbytes >= least * values.nbytes:
+            return Blob.of(name, values)
+    assert steps is not None
+    return Blob(name, "U8", (steps.nbytes,), [steps.data])
 
 
 def _checked_values(name: str, mask: PackedMask, parts: Parts) -> Tensor | Steps | None:
@@ -295,7 +303,7 @@ def encode(
     dense.sort(key=lambda blob: blob.name)
     first_blob = Blob(BASE, "U8", (len(masked), BASE_BYTES), [base.tensors[name] for name in masked])
     header = Header(
-        f"maskpack/{importlib.metadata.version('maskpack')}",
+        f"maskpack/{version_of('maskpack')}",
         rows_id((p.set, p.name, p.coding.op, p.shape, digest) for p, digest, *_ in rows),
         replace(base, tensors={}),
         {
@@ -463,8 +471,7 @@ def write_adapter(
         earlier = card if card.exists() else owners
         if earlier is not None:
             rendered = update_card(earlier.read_bytes().decode("utf-8", "surrogateescape"), rendered)
-        with replacing(card) as temporary:
-            temporary[0].write_bytes(rendered.encode("utf-8", "surrogateescape"))
+        write_file(card, rendered.encode("utf-8", "surrogateescape"))
     return adapter
 
 

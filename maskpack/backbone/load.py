@@ -19,16 +19,17 @@ from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, LARGEST, ImagePreprocess, 
 from ..safetensors_io import INDEX, SUFFIX, read_tensors, write_tensors
 from .model import (
     RANDOM,
+    STATISTICS,
     Embedding,
     Head,
     aliases,
     canonical,
+    exact_cast,
     find_head,
     named_buffers,
     named_parameters,
     parse_random,
     random_values,
-    same_size_int,
     slots,
     swap_module,
     tied_outputs,
@@ -135,8 +136,8 @@ def export_state(
     tensors = {canonical(name): tensor.cpu() for name, tensor in state.items() if isinstance(tensor, Tensor)}
     for name, tensor in tensors.items():
         if dtype is not None and tensor.is_floating_point():
-            cast = tensor.to(dtype)
-            tensors[name] = cast if torch.equal(same_size_int(cast.to(tensor.dtype)), same_size_int(tensor)) else tensor
+            cast = exact_cast(tensor, dtype)
+            tensors[name] = tensor if cast is None else cast
     write_tensors(path, tensors, {"format": "pt", **(metadata or {})})
     return len(tensors)
 
@@ -231,7 +232,7 @@ def randomize(model: nn.Module, kind: str, seed: int) -> None:
         elif leaf.endswith("weight"):
             parameter.fill_(1.0)
     for name, buffer in named_buffers(model).items():
-        if name.endswith(("running_mean", "running_var")):
+        if name.endswith(STATISTICS):
             buffer.fill_(float(name.endswith("running_var")))
 
 

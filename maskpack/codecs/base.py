@@ -276,13 +276,12 @@ def distances(positions: Numbers) -> Numbers:
 
 
 def words_of(weight: "Tensor") -> Words:
-    """Return float32 or bfloat16 weights as patterns of bits, row-major, flat."""
+    """Return weights as patterns of bits, row-major, flat; in their own memory where that is the host's."""
     import torch
 
     flat = weight.detach().cpu().contiguous().reshape(-1)
-    if weight.dtype == torch.float32:
-        return flat.numpy().view(np.uint32)
-    return flat.view(torch.int16).numpy().view(np.uint16)
+    words: Words = flat.view(torch.uint8).numpy().view(f"u{weight.element_size()}")
+    return words
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

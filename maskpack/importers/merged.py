@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackboneMismatchError, DataError
-from ..safetensors_io import DTYPES, open_tensors, tensor_of
+from ..safetensors_io import DTYPES, TensorFile, tensor_of
 from .base import IMPORTERS, Found, check_shape, exact, known, match
 
 BITS = 32  # packed into a number of BitDelta
@@ -85,7 +85,7 @@ class Shira:
 
     @staticmethod
     def open(path: Path, base: Mapping[str, Tensor]) -> Found:
-        tensors = open_tensors(path)
+        tensors = TensorFile(path)
         matrices = {name.removesuffix(WEIGHT) + ".weight" for name in tensors if name.endswith(WEIGHT)}
         if not matrices:
             raise DataError(f"{path} has no tensors of SHiRA (X{WEIGHT} and X{PLACES}); give what PEFT saved of one")

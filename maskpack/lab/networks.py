@@ -19,7 +19,7 @@ from ..errors import AdapterError, ConfigError, DataError, StateError
 from ..mask import MaskSet
 from ..runtime.apply import applied, unload_mask
 from ..runtime.load import load_adapter, load_mask
-from ..safetensors_io import open_tensors, read_tensors, write_tensors
+from ..safetensors_io import TensorFile, read_tensors, write_tensors
 from ..training.data.base import Data, Examples, loader, readable
 from ..training.evaluate import as_loaded
 from ..training.features import digest_of, inputs_content
@@ -157,7 +157,7 @@ def write_network(path: str | Path, state: State) -> None:
 
 def is_adapter(reference: str) -> bool:
     """Return True if a reference is to an adapter, False if it is to a safetensors file of weights."""
-    return not reference.endswith(".safetensors") or TENSOR in open_tensors(reference)
+    return not reference.endswith(".safetensors") or TENSOR in TensorFile(reference)
 
 
 def read_networks(

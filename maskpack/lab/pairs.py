@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..algebra import overlaps
 from ..backbone.classifier import Classifier, Inputs, predictions
 from ..backbone.model import canonical
 from ..errors import ConfigError
@@ -117,16 +118,14 @@ def common_mistakes(first: Tensor, second: Tensor) -> dict[str, Any]:
     """
     if first.shape != second.shape or not len(first):
         raise ConfigError(f"mistakes are compared on the same examples, got {len(first)} and {len(second)}")
-    a, b = ~first.bool(), ~second.bool()
-    both, either, rows = int((a & b).sum()), int((a | b).sum()), len(a)
-    p, q = int(a.sum()) / rows, int(b.sum()) / rows
-    chance, agreed = p * q + (1 - p) * (1 - q), float((a == b).double().mean())
+    one, other = (MaskSet.from_tensors({"": right.bool()}) for right in (first, second))
+    found = dict(overlaps(one, other))[""]
     return {
-        "both": both,
-        "only_first": int((a & ~b).sum()),
-        "only_second": int((b & ~a).sum()),
-        "overlap": both / either if either else None,
-        "kappa": (agreed - chance) / (1 - chance) if chance < 1 else None,
+        "both": found.neither,
+        "only_first": found.second_only,
+        "only_second": found.first_only,
+        "overlap": found.jaccard,
+        "kappa": found.kappa,
     }
 
 

@@ -3,16 +3,16 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from bitarray.util import count_xor
 from torch import Tensor
 
+from ..algebra import Overlap, common_shapes, overlaps
 from ..errors import ConfigError
-from ..mask import MaskSet, packed_bits
+from ..mask import MaskSet, PackedMask, packed_bits
 from .figure import (
     COLOURS,
     LEGEND,
@@ -166,22 +166,15 @@ def agreement(masks: Mapping[str, MaskSet]) -> tuple[Matrix, Matrix]:
                 f"{first} and {name} mask other parameters: {len(differing)} differ, first {differing[0]!r}; compare "
                 f"masks of one backbone with the same selection"
             )
-    total = sum(math.prod(shape) for shape in shapes.values())
-    if not total:
-        raise ConfigError(f"the masks of {first} have no weights to compare")
-    count = len(masks)
-    agreed, expected = np.full((count, count), float(total)), np.zeros((count, count))
-    for parameter in shapes:
-        bits = [one[parameter].bits for one in masks.values()]
-        density = np.array([one.count() / max(len(one), 1) for one in bits])
-        expected += len(bits[0]) * (np.outer(density, density) + np.outer(1 - density, 1 - density))
-        for i, j in combinations(range(count), 2):
-            differ = count_xor(bits[i], bits[j])
-            agreed[i, j] -= differ
-            agreed[j, i] -= differ
-    room = total - expected
-    beyond = np.divide(agreed - expected, room, out=np.full_like(room, np.nan), where=room > 1e-9 * total)
-    return agreed / total, beyond
+    bits = [MaskSet({name: PackedMask(own.bits, own.shape) for name, own in one.items()}) for one in masks.values()]
+    shares, beyond = np.eye(len(bits)), np.eye(len(bits))
+    for i, j in combinations_with_replacement(range(len(bits)), 2):
+        common = sum((one for _, one in overlaps(bits[i], bits[j])), Overlap())
+        if not common.weights:
+            raise ConfigError(f"the masks of {first} have no weights to compare")
+        shares[i, j] = shares[j, i] = 1 - common.share
+        beyond[i, j] = beyond[j, i] = np.nan if common.kappa is None else common.kappa
+    return shares, beyond
 
 
 def overlap_figure(masks: Mapping[str, MaskSet]) -> "Figure":
@@ -217,13 +210,11 @@ def users(masks: Mapping[str, MaskSet]) -> dict[str, list[int]]:
 
     A mask is read as the set of features that its task uses; a parameter that a task does not mask is used whole.
     """
-    names = in_order({name for one in masks.values() for name in one})
+    names = in_order(common_shapes(list(masks.values()), "keep"))
     _check_some(names, "masked parameter", "adapters that have masks")
     found = {}
     for name in names:
         own = [one[name] for one in masks.values() if name in one]
-        if len({one.shape for one in own}) > 1:
-            raise ConfigError(f"the masks of {name!r} have different shapes; give masks of one backbone")
         used = np.full(len(own[0].bits), len(masks) - len(own))
         for one in own:
             used += np.unpackbits(packed_bits(one.bits), count=len(one.bits), bitorder="little")
@@ -432,6 +423,8 @@ def confusion_figure(counts: Sequence[Sequence[int]], class_names: Sequence[str]
     texts = [[f"{count:.0f}" if count else "" for count in row] for row in found]
     image = draw_matrix(axes, shares, class_names, side, (0, 1), texts if numbered else None, 0.5)
     axes.set(xlabel="predicted class", ylabel="true class")
+    right, total = found.trace(), found.sum()
+    axes.set_title(f"{right:,.0f} of {total:,.0f} right: {100 * right / max(total, 1):.2f} %", fontsize="medium")
     add_scale(figure, image, axes, "share of the true class", shrink=min(1.0, 3 / (side * classes)), aspect=12)
     return figure
 

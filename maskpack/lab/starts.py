@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone, load_backbone
 from ..errors import ConfigError, DataError, StateError
 from ..preprocess import ImagePreprocess
@@ -18,6 +17,7 @@ from ..training.config import TrainConfig
 from ..training.data.base import Data
 from ..training.evaluate import held_out_accuracy
 from ..training.features import digest_of
+from ..training.learn import base_of
 from ..training.run_folder import Report, claim, tagged
 from .baselines.base import Trial, find_baseline
 from .trial import check_each_once, measure, measured, shared_settings, splits
@@ -63,7 +63,7 @@ class Trainings:
 
     def train(self, part: str, backbone: Backbone, config: TrainConfig) -> float:
         """Return the test accuracy of one training. It goes on if it was interrupted. The backbone is used up."""
-        folder, start = self.folder / part, _digest(backbone)
+        folder, start = self.folder / part, base_of(backbone).digest
 
         def fit() -> dict[str, Any]:
             folder.mkdir(parents=True, exist_ok=True)
@@ -82,11 +82,6 @@ class Trainings:
         if self.report is not None:
             self.report({"event": "trial", "part": part, "accuracy": result["accuracy"]})
         return float(result["accuracy"])
-
-
-def _digest(backbone: Backbone) -> str:
-    base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
-    return base.digests[base.dtype]
 
 
 def feature_reuse(
@@ -244,5 +239,5 @@ def _accuracy_before(name: str, backbone: Backbone, data: Data, folder: Path) ->
             raise DataError(f"the data of pretraining {data.id} have no test split; leave them out, or give them one")
         return {"checkpoint": name, "accuracy": found}
 
-    path = folder / "pretraining" / f"{digest_of([_digest(backbone), data.digest])}.json"
+    path = folder / "pretraining" / f"{digest_of([base_of(backbone).digest, data.digest])}.json"
     return float(measured(path, frozenset(("accuracy",)), accuracy)["accuracy"])

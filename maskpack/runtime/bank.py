@@ -214,7 +214,8 @@ class MaskBank:
             if name in self._residents:
                 raise ConfigError(f"this bank has an adapter called {name!r} already; give another name, or remove it")
             if isinstance(source, Parts):
-                new = self._taken(name, source)
+                apply.check_masks(self.model, source.masks.shapes)
+                new = Resident(name, replace(source, masks=MaskSet(dict(source.masks))))
             else:
                 with self.disabled():
                     new = self._admit(name, source, options)
@@ -455,11 +456,6 @@ class MaskBank:
             apply.check_unwritten(noted, now, way_out)
 
     # Reading adapters, and room for them
-
-    def _taken(self, name: str, parts: Parts) -> Resident:
-        """Return masks and what is beside them as they are given, without an adapter."""
-        apply.check_masks(self.model, parts.masks.shapes)
-        return Resident(name, replace(parts, masks=MaskSet(dict(parts.masks))))
 
     def _admit(self, name: str, source: Adapter, options: PullOptions) -> Resident:
         """Check and decode an adapter while the model is the base."""

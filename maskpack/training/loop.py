@@ -23,7 +23,7 @@ from .run_folder import RunFolder, check_like, damaged, differing, load_checkpoi
 LOG_EVERY = 10  # optimiser steps between two step events: counting the mask's bits takes a moment
 SECONDS = 5.0  # after which the progress of slower steps is reported as well
 LENGTH = ("epochs", "steps")  # settings that may be greater when a run goes on
-INTERRUPTED = "interrupted; ends after this step or evaluation, with a checkpoint; once more ends at once, without"
+INTERRUPTED = "interrupted; ends after this step or evaluation, with a checkpoint; once more ends at once, without one"
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -267,7 +267,7 @@ class Run(ABC):
     def _facts(self, at: Position) -> dict[str, Any]:
         """Return the facts of a checkpoint, beside its tensors."""
         scaler = self.accelerator.scaler
-        run = {**self.facts, "base": self.base.digests[self.base.dtype]}
+        run = {**self.facts, "base": self.base.digest}
         scaled = None if scaler is None else scaler.state_dict()
         return {**asdict(at), "run": run, "more": self.state(), "scaler": scaled, "log": self.folder.size()}
 
@@ -277,8 +277,7 @@ class Run(ABC):
         assert path is not None
         tensors, facts = load_checkpoint(path)
         example = self._facts(Position(0, batches={"": [0, 0]}, metrics={"": 0.0}, extended=[""]))
-        check_like(path, "facts", {**facts, "run": None}, {**example, "run": None, "optimizer": [0]})
-        ours, there = example["run"], facts["run"]
+        ours, there = example["run"], facts.get("run")
         settings = {name: one for name, one in ours.pop("config").items() if not longer or name not in LENGTH}
         other = differing(ours, there) + differing(settings, there.get("config") if isinstance(there, dict) else None)
         if other:
@@ -286,6 +285,7 @@ class Run(ABC):
                 f"the checkpoint in {path.parent} belongs to another run: {', '.join(other)} differ; resume with the "
                 f"same settings, data and backbone, or choose another folder"
             )
+        check_like(path, "facts", {**facts, "run": None}, {**example, "run": None, "optimizer": [0]})
         at = Position(**{one.name: facts[one.name] for one in fields(Position)})
         if self.steps < at.steps:
             raise StateError(

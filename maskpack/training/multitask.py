@@ -469,8 +469,7 @@ def survey(
     Loads the base that tasks learned together, if it is there.
     """
     _check(tasks, mode, joint)
-    weights = base_of(backbone)
-    about = {"mode": mode, "backbone": backbone.id, "weights": weights.digests[weights.dtype]}
+    about = {"mode": mode, "backbone": backbone.id, "weights": base_of(backbone).digest}
     claim(folder / CLAIM, about, write=False)
     if mode in TOGETHER:
         if not (folder / BASE).exists():

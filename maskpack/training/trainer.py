@@ -110,7 +110,7 @@ class ObjectiveRun(Run):
 
     def take_over(self, checkpoint: Path, fresh: tuple[str, ...] = ()) -> None:
         """Go on as another run ended, but for the tensors called `fresh`."""
-        take_over(self.tensors(), checkpoint, self.base.digests[self.base.dtype], fresh)
+        take_over(self.tensors(), checkpoint, self.base.digest, fresh)
 
     def batches(self, at: Position) -> Iterator[tuple[str, list[int], Batch]]:
         self.sampler.epoch = at.epoch
