@@ -4,7 +4,6 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,9 @@ from safetensors.torch import load_file, save_file
 from maskpack.errors import ConfigError, CorruptAdapterError, DataError, StateError
 from maskpack.safetensors_io import (
     DTYPES,
-    MAX_DIMENSION,
     Blob,
     TensorFile,
     lock,
-    parse_header,
     read_tensors,
     replacing,
     strict_json,
@@ -188,47 +185,6 @@ def test_strict_json(text: str | bytes, match: str) -> None:
         strict_json(text, "the header")
     assert strict_json("[" * 32 + "]" * 32, "x")
     assert strict_json('"\\ud83d\\ude00"', "x") == "😀"
-
-
-def entry(start: object, end: object, dtype: object = "U8", shape: object = None) -> str:
-    shape = [end - start] if shape is None else shape  # type: ignore[operator]
-    return f'{{"data_offsets":[{start},{end}],"dtype":"{dtype}","shape":{shape}}}'
-
-
-@pytest.mark.parametrize(
-    ("header", "match"),
-    [
-        (
-            lambda: f'{{"a":{entry(0, 3)},"b":{entry(2, 4)}}}',
-            "'b' starts at byte 2 of the data, expected 3: it overlaps",
-        ),
-        (lambda: f'{{"a":{entry(0, 3)},"b":{entry(4, 5)}}}', "'b' starts at byte 4 .*, expected 3: it leaves a gap"),
-        (lambda: f'{{"a":{entry(0, 3)}}}', "has 4 bytes of data, its header describes 3"),
-        (lambda: f'{{"a":{entry(0, 4, "U7")}}}', "unknown dtype 'U7'; known: BF16"),
-        (
-            lambda: f'{{"a":{entry(0, 4, shape=[3])}}}',
-            r"U8 of shape \[3\] needs 3 bytes, its offsets span 4; got .*'data_offsets': \[0, 4\]",
-        ),
-        (lambda: f'{{"a":{entry(0, 4, shape=[-4])}}}', "shape must be a list of at most 16 integers from 0"),
-        (lambda: f'{{"a":{entry(0, 4, shape=[True] * 4)}}}'.replace("True", "true"), "shape must be a list"),
-        (lambda: f'{{"a":{entry(0, 4, shape=[1] * 17)}}}', "at most 16"),
-        (lambda: f'{{"a":{entry(0, 0, shape=[0, 1 << 60])}}}', "integers from 0 to 281474976710656"),
-        (lambda: '{"a":{"dtype":"U8","shape":[4]}}', "expected dtype, shape and data_offsets"),
-        (lambda: '{"__metadata__":{"a":1}}', "must map strings to strings"),
-        (lambda: " {}", "begins with b' '"),
-    ],
-)
-def test_refuses_headers(header: Callable[[], str], match: str) -> None:
-    with pytest.raises(CorruptAdapterError, match=match):
-        parse_header(memoryview(header().encode()), 4)
-
-
-def test_the_greatest_dimension() -> None:
-    header = '{{"a": {{"dtype": "U8", "shape": [{}, 0], "data_offsets": [0, 0]}}}}'
-    _, spans = parse_header(memoryview(header.format(MAX_DIMENSION).encode()), 0)
-    assert spans["a"].shape == (MAX_DIMENSION, 0)
-    with pytest.raises(CorruptAdapterError, match=str(MAX_DIMENSION)):
-        parse_header(memoryview(header.format(MAX_DIMENSION + 1).encode()), 0)
 
 
 def test_a_lock_says_whether_it_is_held_or_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

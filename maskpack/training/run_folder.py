@@ -15,17 +15,15 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from ..errors import ConfigError, CorruptAdapterError, StateError, StoppedError, require
+from ..errors import ConfigError, CorruptAdapterError, DataError, StateError, StoppedError, require
 from ..safetensors_io import (
     SEAL,
     UNSEALED,
     Blob,
     Buffer,
-    check_seal,
     lock,
-    parse_header,
+    read_with_seal,
     strict_json,
-    tensor_of,
     write_file,
     write_tensors,
     writing,
@@ -365,24 +363,16 @@ def write_sealed(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, 
 def read_sealed(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_sealed` wrote, every bit of it verified: (tensors, JSON values); StateError with the remedy."""
     try:
-        data = bytearray(path.read_bytes())
-        start = 8 + int.from_bytes(data[:8], "little")
-        if start > len(data):
-            raise damaged(path, f"its header should end at byte {start}, the file has {len(data)}", remedy)
-        head = bytes(data[8:start])
-        metadata, spans = parse_header(memoryview(head), len(data) - start)
-        check_seal(head, metadata)
+        tensors, metadata = read_with_seal(path)
         digests = strict_json(metadata.get(DIGESTS, "{}"), DIGESTS)
-    except CorruptAdapterError as error:
-        raise damaged(path, str(error).partition(";")[0], remedy) from None
-    except OSError as error:
-        raise StateError(f"cannot read {path}: {error.strerror}; {remedy}") from None
-    tensors = {}
-    for name, (dtype, shape, first, last) in spans.items():
-        part = memoryview(data)[start + first : start + last]
-        if _digest(part) != digests.get(name):
+    except (ConfigError, CorruptAdapterError, DataError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError):
+            raise StateError(f"cannot read {path}: {cause}; {remedy}") from None
+        raise damaged(path, str(cause).partition(";")[0], remedy) from None
+    for name, tensor in tensors.items():
+        if _digest(*Blob.of(name, tensor).data) != digests.get(name):
             raise damaged(path, f"{name!r} has another digest than was stored", remedy)
-        tensors[name] = tensor_of(part, dtype, shape)
     missing = {*digests, "facts"} - tensors.keys()
     if missing:
         raise damaged(path, f"{min(missing)!r} is missing", remedy)
