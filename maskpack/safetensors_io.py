@@ -214,6 +214,8 @@ class Blob:
         if str(tensor.dtype) not in NAMES:
             raise ConfigError(f"tensor {name!r} is {tensor.dtype}, expected one of {', '.join(NAMES)}; convert it")
         flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel() == 1:  # expanded, it counts as contiguous
+            flat = flat.clone(memory_format=torch.contiguous_format)
         data = [flat.view(torch.uint8).numpy().data] if flat.numel() else []
         return cls(name, NAMES[str(tensor.dtype)], tuple(tensor.shape), data)
 

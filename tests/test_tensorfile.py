@@ -27,6 +27,7 @@ TENSORS = {
     "a": torch.tensor([True, False, True]),
     "c": torch.zeros(0, 4, dtype=torch.bfloat16),
     "d": torch.tensor(3, dtype=torch.int64),
+    "f": torch.tensor(1.5).expand(1),
 }
 
 
