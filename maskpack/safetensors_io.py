@@ -298,13 +298,11 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def write_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor] | Iterable[Blob], metadata: Mapping[str, str]
-) -> None:
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file in canonical bytes: the same tensors and metadata give the same file.
 
-    It is replaced as a whole or not at all, and its folder must exist. Bytes of blobs are not joined in memory. A
-    metadata entry `SEAL`: `UNSEALED` becomes the header's own digest.
+    It is replaced as a whole or not at all, and its folder must exist. A metadata entry `SEAL`: `UNSEALED` becomes the
+    header's own digest.
     """
     blobs = _in_order(tensors)
     with replacing(path) as (temporary,), temporary.open("wb") as file:
@@ -328,24 +326,18 @@ def read_with_seal(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def _in_order(tensors: Mapping[str, Tensor] | Iterable[Blob]) -> list[Blob]:
-    blobs = [Blob.of(*item) for item in tensors.items()] if isinstance(tensors, Mapping) else tensors
+def _in_order(tensors: Mapping[str, Tensor]) -> list[Blob]:
     # wider elements first, so that each is aligned
-    return sorted(blobs, key=lambda blob: (-DTYPES[blob.dtype][1], blob.name))
+    return sorted((Blob.of(*one) for one in tensors.items()), key=lambda blob: (-DTYPES[blob.dtype][1], blob.name))
 
 
 def _header(blobs: Sequence[Blob], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
     for blob in blobs:
-        given = sum(memoryview(piece).nbytes for piece in blob.data)
-        if given != blob.size or blob.name in entries:
-            raise ConfigError(
-                f"tensor {blob.name!r} comes twice, or has {given} bytes where its {blob.dtype} of shape "
-                f"{blob.shape} needs {blob.size}"
-            )
-        entries[blob.name] = {"data_offsets": [start, start + given], "dtype": blob.dtype, "shape": list(blob.shape)}
-        start += given
+        end = start + blob.size
+        entries[blob.name] = {"data_offsets": [start, end], "dtype": blob.dtype, "shape": list(blob.shape)}
+        start = end
     text = json.dumps(entries, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:

@@ -280,6 +280,8 @@ def words_of(weight: "Tensor") -> Words:
     import torch
 
     flat = weight.detach().cpu().contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # one number that was expanded counts as contiguous
+        flat = flat.clone(memory_format=torch.contiguous_format)
     words: Words = flat.view(torch.uint8).numpy().view(f"u{weight.element_size()}")
     return words
 

@@ -15,12 +15,11 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from ..backbone.fingerprint import tensor_digest
 from ..errors import ConfigError, CorruptAdapterError, DataError, StateError, StoppedError, require
 from ..safetensors_io import (
     SEAL,
     UNSEALED,
-    Blob,
-    Buffer,
     lock,
     read_with_seal,
     strict_json,
@@ -355,9 +354,9 @@ MODEL, OBJECTIVE, OPTIMIZER = "model/", "objective/", "optimizer/"
 def write_sealed(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write tensors, JSON values as one more of them, and the digests of all; atomic."""
     text = torch.frombuffer(bytearray(json.dumps(facts, sort_keys=True).encode()), dtype=torch.uint8)
-    blobs = [Blob.of(*item) for item in {**tensors, "facts": text}.items()]
-    digests = {blob.name: _digest(*blob.data) for blob in blobs}
-    write_tensors(path, blobs, {"format": "pt", DIGESTS: json.dumps(digests, sort_keys=True), SEAL: UNSEALED})
+    tensors = {**tensors, "facts": text}
+    digests = {name: tensor_digest(one, one.dtype).hex() for name, one in tensors.items()}
+    write_tensors(path, tensors, {"format": "pt", DIGESTS: json.dumps(digests, sort_keys=True), SEAL: UNSEALED})
 
 
 def read_sealed(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -371,7 +370,7 @@ def read_sealed(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, A
             raise StateError(f"cannot read {path}: {cause}; {remedy}") from None
         raise damaged(path, str(cause).partition(";")[0], remedy) from None
     for name, tensor in tensors.items():
-        if _digest(*Blob.of(name, tensor).data) != digests.get(name):
+        if tensor_digest(tensor, tensor.dtype).hex() != digests.get(name):
             raise damaged(path, f"{name!r} has another digest than was stored", remedy)
     missing = {*digests, "facts"} - tensors.keys()
     if missing:
@@ -383,13 +382,6 @@ def read_sealed(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, A
     if not isinstance(facts, dict):
         raise damaged(path, f"its facts are no object but a {type(facts).__name__}", remedy)
     return tensors, facts
-
-
-def _digest(*pieces: Buffer) -> str:
-    whole = blake3()
-    for piece in pieces:
-        whole.update(piece)
-    return whole.hexdigest()
 
 
 def damaged(path: Path, what: str, remedy: str = REMEDY) -> StateError:
