@@ -320,13 +320,14 @@ def write_pages(page: Path) -> None:
     rows = []
     for steps in LENGTHS:
         own = trials(NAME, task="shakespeare", seed=SEEDS[0], steps=steps)
-        alone = [one["result"]["validation"] for one in own if (one["way"], one["rate"]) == ("norms", BESIDE)]
-        found = {one["rate"]: one["result"] for one in own if one["way"] == SMALL}
-        for distance, result in sorted(found.items()):
+        found = {(one["way"], one["rate"]): one["result"] for one in own}
+        chosen = [("norms", BESIDE), *sorted(one for one in found if one[0] == SMALL)]
+        for way, rate in (one for one in chosen if one in found):
+            result, name = found[way, rate], way if way == "norms" else f"{rate:.3g}"
             rows.append(
-                [steps, f"{distance:.3g}", spread([result["validation"]]), spread(alone[:1]), f"{result['changed']:,}"]
+                [steps, name, spread([result["validation"]]), f"{result['changed']:,}" if way == SMALL else "-"]
             )
-    text += table(("steps", "distance", "validation perplexity", "norms alone", "weights removed"), rows, 0)
+    text += table(("steps", "distance", "validation perplexity", "weights removed"), rows, 0)
     for one in trials(STEP):
         found = one["result"]
         cells = [
