@@ -99,7 +99,7 @@ lowest: ## tests of the core with the lowest versions that pyproject.toml allows
 
 # TRL and Lightning are in no extra, since maskpack imports neither; TRL 1.15 needs a GPU beside old transformers
 VERSIONS ?= newest
-INTEGRATED := transformers accelerate peft sentence-transformers trl pytorch-lightning torchao
+INTEGRATED := transformers accelerate peft sentence-transformers trl pytorch-lightning torchao lm-eval
 LOWEST := transformers==5.0.0 accelerate==1.10.0 peft==0.21.0 trl==1.0.0 pytorch-lightning==2.6.0
 integrations: ## masks inside Trainer, TRL, PEFT, Lightning, sentence-transformers, beside torchao; VERSIONS=lowest or newest
 	$(PYTHON) -m venv .venv-$(VERSIONS)

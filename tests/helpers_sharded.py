@@ -275,6 +275,7 @@ def in_parallel(folder: Path) -> Iterator[tuple[str, bool]]:
 def by_plan(folder: Path) -> Iterator[tuple[str, bool]]:
     """Load onto a language model that transformers shares by the plan of its own config, and undo."""
     import transformers
+    from transformers.distributed import DistributedConfig
 
     from .helpers_loops import LLAMA, tokens
     from .helpers_models import random_masks
@@ -282,8 +283,10 @@ def by_plan(folder: Path) -> Iterator[tuple[str, bool]]:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**{**LLAMA, "num_attention_heads": 4, "num_key_value_heads": 4})
     alone = transformers.LlamaForCausalLM(config).eval()
-    alone.save_pretrained(folder / str(RANK))
-    model = type(alone).from_pretrained(folder / str(RANK), tp_plan="auto").eval()
+    alone.save_pretrained(folder / "llama")  # which the first process does
+    dist.barrier()
+    plan = DistributedConfig(tp_plan="auto")
+    model = type(alone).from_pretrained(folder / "llama", distributed_config=plan).eval()
     base, ids = bits(alone), tokens(2, 6)
     yield "shared", any(isinstance(one, DTensor) for one in model.parameters())
     yield "fingerprint", fingerprint(model, id="x") == fingerprint(alone, id="x")

@@ -453,6 +453,11 @@ def test_base_is_a_file_that_was_used_here_before_never_one_that_the_adapter_nam
     result = run("predict", adapter, image)
     assert result.exit_code == 1
     assert "base 'digits_backbone:digits_cnn' cannot be fetched by its name; give it with --backbone" in result.stderr
+    other = [*BACKBONE[:-1], "1"]
+    assert run("predict", adapter, image, *other).exit_code == 1
+    assert run("predict", adapter, image).exit_code == 1, "what was not the base is not remembered"
+    ok("eval", adapter, "--data", "digits:5-9", *BACKBONE)
+    ok("predict", adapter, image)
 
 
 def test_predict_a_folder(adapter: Path, image: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from packaging.version import Version
 from torch import nn
 
-from maskpack import load_mask
+from maskpack import fingerprint, load_mask, save_adapter, unload_mask
 from maskpack.errors import StateError
 from maskpack.training import attach_scores, extract_parts
 from maskpack.training.scores import scored_models, scored_weights
@@ -223,28 +223,38 @@ def test_peft_merges_and_has_several_masks(folder: Path) -> None:
     assert torch.equal(model(**batch).logits, first)
 
 
+def tokenizer_of_letters() -> Any:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(97, 123))]
+    return transformers.BertTokenizerFast(vocab=numbered(words), eos_token="[SEP]")
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL's, about names of transformers
-def test_trl_trains_masks(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_peft", [True, False])
+def test_trl_trains_masks(by_peft: bool, folder: Path, tmp_path: Path) -> None:
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     from maskpack.integrations.peft import MaskConfig, read_peft
+    from maskpack.integrations.transformers import MaskCallback
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(97, 123))]
-    tokenizer = transformers.BertTokenizerFast(vocab=numbered(words), eos_token="[SEP]")
     torch.manual_seed(0)
     model = CASES["language_model"](folder).model
     base = copy.deepcopy(model).eval()
     data = datasets.Dataset.from_dict({"text": ["a b c d", "d c b a", "a a b b"] * 4})
     given: dict[str, Any] = {"max_steps": 4, "learning_rate": 1.0, "report_to": [], "use_cpu": True, "bf16": False}
     arguments = trl.SFTConfig(str(tmp_path / "run"), save_strategy="no", disable_tqdm=True, **given)
-    run = trl.SFTTrainer(
-        model, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=MaskConfig(top=0.5)
-    )
+    if by_peft:
+        how: dict[str, Any] = {"peft_config": MaskConfig(top=0.5)}
+    else:
+        attach_scores(model, top=0.5)
+        how = {"callbacks": [MaskCallback(tmp_path / "adapter")]}
+    run = trl.SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer_of_letters(), **how)
     run.train()
-    run.save_model(str(tmp_path / "saved"))
     batch = {"input_ids": tokens(2, 8)}
     expected = run.model.eval()(**batch).logits
     assert not torch.equal(expected, base(**batch).logits)
-    assert torch.equal(load_mask(base, read_peft(tmp_path / "saved"))(**batch).logits, expected)
+    if by_peft:
+        run.save_model(str(tmp_path / "saved"))
+    ref = read_peft(tmp_path / "saved") if by_peft else tmp_path / "adapter"
+    assert torch.equal(load_mask(base, ref)(**batch).logits, expected)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of Lightning's, about names of torch
@@ -304,7 +314,6 @@ def test_peft_refuses_another_base(folder: Path, tmp_path: Path) -> None:
 
 def test_peft_reads_an_adapter_of_ours(folder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    from maskpack import fingerprint, save_adapter
     from maskpack.errors import AdapterError
     from maskpack.integrations.peft import read_peft, write_peft
 
@@ -319,3 +328,31 @@ def test_peft_reads_an_adapter_of_ours(folder: Path, tmp_path: Path) -> None:
     model = model_with_scores(folder)
     with pytest.raises(AdapterError, match="holds more than masks that remove weights or invert signs"):
         write_peft(tmp_path / "more", save_adapter(tmp_path / "head", model))
+
+
+def test_lm_evaluation_harness_measures_masks(folder: Path, tmp_path: Path) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+
+    torch.manual_seed(0)
+    model = CASES["language_model"](folder).model.eval()
+    (tmp_path / "rows.jsonl").write_text('{"text": "a b c d"}\n{"text": "d c b a"}\n')
+    task: dict[str, Any] = {
+        "task": "letters",
+        "output_type": "loglikelihood_rolling",
+        "metric_list": [{"metric": "word_perplexity"}],
+    }
+    task |= {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}}
+    task |= {"test_split": "test", "doc_to_text": "", "doc_to_target": "{{text}}"}
+
+    def measured() -> float:
+        found = lm_eval.simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer_of_letters()), tasks=[task], bootstrap_iters=0
+        )
+        return float(found["results"]["letters"]["word_perplexity,none"])
+
+    base = measured()
+    load_mask(model, save_adapter(tmp_path / "a", random_masks(model), fingerprint(model, id="tests:llama")))
+    assert measured() != base
+    unload_mask(model)
+    assert measured() == base

@@ -72,8 +72,7 @@ def test_verbs_say_plain_lines_in_a_pipe(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(progress, "LEAST", 0.0)
     done = CliRunner().invoke(app, [*TRAIN, "--output", str(tmp_path)])
     assert done.exit_code == 0
-    assert "training " in done.stderr
-    assert " of 3, " in done.stderr
+    assert re.search(r"^training.* of 3, ", done.stderr, re.MULTILINE)
     assert not {"\r", "\x1b"} & set(done.stderr)
     quiet = CliRunner().invoke(app, ["verify", str(tmp_path), "--quiet"])
     assert not quiet.stderr

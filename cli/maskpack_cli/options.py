@@ -417,6 +417,21 @@ class Base(Weights):
             backbone = maskpack.load_backbone(reference, mapped=mapped, **options)
             return backbone if mapped else placed(backbone)
 
+    def loaded(self, adapter: "maskpack.Adapter", **options: Any) -> "Backbone":
+        """Load the backbone and the adapter; later verbs find a backbone that was given, and was the right one."""
+        backbone = self.of(adapter)
+        maskpack.load_mask(backbone.model, adapter, **options)
+        self.remember(adapter)
+        return backbone
+
+    def remember(self, adapter: "maskpack.Adapter") -> None:
+        """Write down that the backbone given is the base of an adapter, which was loaded onto it."""
+        from maskpack.backbone.fingerprint import remember_backbone
+
+        if self.backbone is not None and "float32" in adapter.base.digests:
+            given = {"reference": self.backbone, "weights": self.weights, "random_weights": self.random_weights}
+            remember_backbone(adapter.base.digests["float32"], given)
+
 
 @group("Backbone")
 class AnyBase(Base):

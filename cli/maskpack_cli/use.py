@@ -63,10 +63,8 @@ def predict(ref: Ref, base: Base, trust: Source, files: Files = (), text: Texts 
     if adapter.cascade is not None and mode != "target":
         raise ConfigError(f"--mode is for adapters of `maskpack transfer`, and {ref} is a cascade; leave it out")
     inputs = _inputs(files, text, (adapter.about.preprocess or {}).get("kind") == "text")
-    backbone = base.of(adapter)
+    backbone = base.loaded(adapter, mode=mode) if adapter.cascade is None else base.of(adapter)
     together = None if adapter.cascade is None else maskpack.load_cascade(backbone.model, adapter)
-    if together is None:
-        maskpack.load_mask(backbone.model, adapter, mode=mode)
     hint(f"Adapter: {adapter.pinned}")
     if together is None:
         names = source_classes(adapter) if mode == "source" else None
@@ -126,8 +124,7 @@ def generate(
     import torch
 
     adapter = trust.load(ref)
-    backbone = base.of(adapter)
-    maskpack.load_mask(backbone.model, adapter)
+    backbone = base.loaded(adapter)
     hint(f"Adapter: {adapter.pinned}")
     torch.manual_seed(seed)
     options: dict[str, Any] = {"tokenizer": backbone.tokenizer, "tokens": tokens, "temperature": temperature}
@@ -155,8 +152,7 @@ def export(
         raise ConfigError(f"--output {output} must end in .safetensors, which is the format that is written")
     check_free(output, overwrite)
     adapter = trust.load(ref)
-    backbone = base.of(adapter)
-    maskpack.load_mask(backbone.model, adapter)
+    backbone = base.loaded(adapter)
     dtype = (
         getattr(torch, adapter.base.dtype) if adapter.base.dtype in CASTS else None
     )  # the file's, of a base that was loaded in float32 in any case
@@ -241,6 +237,8 @@ def evaluate(
     read = training.load_data(data, class_names=names, task=model.task, **vars(columns))
     asked: dict[str, Any] = {"mode": mode, "split": split, "measures": measures, "shares": labels_fraction}
     result = figures(model, adapter, read, **asked, answers=answers, batch_size=batch_size)
+    if adapter is not None:
+        base.remember(adapter)
     emit(result, f"✓ {adapter.pinned if adapter is not None else model.id}")
     tables(result)
 

@@ -279,9 +279,10 @@ def words_of(weight: "Tensor") -> Words:
     """Return weights as patterns of bits, row-major, flat; in their own memory where that is the host's."""
     import torch
 
-    flat, size = weight.detach().cpu().contiguous().reshape(-1), weight.element_size()
-    integers = flat.view(getattr(torch, f"int{8 * size}"))  # no bytes: the stride of a single weight may be 0
-    words: Words = integers.numpy().view(f"u{size}")
+    flat = weight.detach().cpu().contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # one number that was expanded counts as contiguous
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    words: Words = flat.view(torch.uint8).numpy().view(f"u{weight.element_size()}")
     return words
 
 

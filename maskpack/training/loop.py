@@ -23,7 +23,7 @@ from .run_folder import RunFolder, check_like, damaged, differing, load_checkpoi
 LOG_EVERY = 10  # optimiser steps between two step events: counting the mask's bits takes a moment
 SECONDS = 5.0  # after which the progress of slower steps is reported as well
 LENGTH = ("epochs", "steps")  # settings that may be greater when a run goes on
-INTERRUPTED = "interrupted; ends after this step or evaluation, with a checkpoint; once more ends at once, without"
+INTERRUPTED = "interrupted; ends after this step or evaluation, with a checkpoint; once more ends at once, without one"
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

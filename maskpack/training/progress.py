@@ -129,10 +129,12 @@ class Seen:
         """Show the progress of trainings; give what they report to."""
         from .data.base import watched
 
-        bar = self.bar("starting", percent=False)
-        with bar as moved, watched(lambda done, total: moved(done, total, "evaluating, batches")):
+        bar, passes = self.bar("starting", percent=False), "preparing, batches"  # of data, before the first step
+        with bar as moved, watched(lambda done, total: moved(done, total, passes)):
 
             def report(event: Mapping[str, Any]) -> None:
+                nonlocal passes
+                passes = "evaluating, batches"
                 part = f"{event['part']}: " if "part" in event else ""
                 words = [f"{key.replace('_', ' ')} {readable(event[key], key)}" for key in SHOWN if key in event]
                 match event["event"]:

@@ -15,17 +15,14 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from ..errors import ConfigError, CorruptAdapterError, StateError, StoppedError, require
+from ..backbone.fingerprint import tensor_digest
+from ..errors import ConfigError, CorruptAdapterError, DataError, StateError, StoppedError, require
 from ..safetensors_io import (
     SEAL,
     UNSEALED,
-    Blob,
-    Buffer,
-    check_seal,
     lock,
-    parse_header,
+    read_with_seal,
     strict_json,
-    tensor_of,
     write_file,
     write_tensors,
     writing,
@@ -357,32 +354,24 @@ MODEL, OBJECTIVE, OPTIMIZER = "model/", "objective/", "optimizer/"
 def write_sealed(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write tensors, JSON values as one more of them, and the digests of all; atomic."""
     text = torch.frombuffer(bytearray(json.dumps(facts, sort_keys=True).encode()), dtype=torch.uint8)
-    blobs = [Blob.of(*item) for item in {**tensors, "facts": text}.items()]
-    digests = {blob.name: _digest(*blob.data) for blob in blobs}
-    write_tensors(path, blobs, {"format": "pt", DIGESTS: json.dumps(digests, sort_keys=True), SEAL: UNSEALED})
+    tensors = {**tensors, "facts": text}
+    digests = {name: tensor_digest(one, one.dtype).hex() for name, one in tensors.items()}
+    write_tensors(path, tensors, {"format": "pt", DIGESTS: json.dumps(digests, sort_keys=True), SEAL: UNSEALED})
 
 
 def read_sealed(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_sealed` wrote, every bit of it verified: (tensors, JSON values); StateError with the remedy."""
     try:
-        data = bytearray(path.read_bytes())
-        start = 8 + int.from_bytes(data[:8], "little")
-        if start > len(data):
-            raise damaged(path, f"its header should end at byte {start}, the file has {len(data)}", remedy)
-        head = bytes(data[8:start])
-        metadata, spans = parse_header(memoryview(head), len(data) - start)
-        check_seal(head, metadata)
+        tensors, metadata = read_with_seal(path)
         digests = strict_json(metadata.get(DIGESTS, "{}"), DIGESTS)
-    except CorruptAdapterError as error:
-        raise damaged(path, str(error).partition(";")[0], remedy) from None
-    except OSError as error:
-        raise StateError(f"cannot read {path}: {error.strerror}; {remedy}") from None
-    tensors = {}
-    for name, (dtype, shape, first, last) in spans.items():
-        part = memoryview(data)[start + first : start + last]
-        if _digest(part) != digests.get(name):
+    except (ConfigError, CorruptAdapterError, DataError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError):
+            raise StateError(f"cannot read {path}: {cause}; {remedy}") from None
+        raise damaged(path, str(cause).partition(";")[0], remedy) from None
+    for name, tensor in tensors.items():
+        if tensor_digest(tensor, tensor.dtype).hex() != digests.get(name):
             raise damaged(path, f"{name!r} has another digest than was stored", remedy)
-        tensors[name] = tensor_of(part, dtype, shape)
     missing = {*digests, "facts"} - tensors.keys()
     if missing:
         raise damaged(path, f"{min(missing)!r} is missing", remedy)
@@ -393,13 +382,6 @@ def read_sealed(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, A
     if not isinstance(facts, dict):
         raise damaged(path, f"its facts are no object but a {type(facts).__name__}", remedy)
     return tensors, facts
-
-
-def _digest(*pieces: Buffer) -> str:
-    whole = blake3()
-    for piece in pieces:
-        whole.update(piece)
-    return whole.hexdigest()
 
 
 def damaged(path: Path, what: str, remedy: str = REMEDY) -> StateError:

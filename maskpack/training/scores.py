@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 
 from ..adapter.content import LEARNING
 from ..backbone.load import encoder_of
-from ..backbone.model import all_names, named_buffers, named_parameters, unwrap
+from ..backbone.model import all_names, canonical, named_buffers, named_parameters, unwrap
 from ..backbone.shards import gathered, local, moved, part_of, shared_like, whole
 from ..errors import ConfigError, TrainingError
 from ..mask import PackedMask
@@ -420,7 +420,7 @@ def scored_weights(model: nn.Module) -> dict[str, ScoredWeight]:
             scored = module[0]
             if isinstance(scored, ScoredWeight) and id(scored) not in seen:
                 seen.add(id(scored))
-                found[raw.replace("parametrizations.", "").replace("_orig_mod.", "")] = scored
+                found[canonical(raw.replace("parametrizations.", ""))] = scored
     return dict(sorted(found.items()))
 
 
@@ -437,7 +437,7 @@ def scores_among(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith(SCORES):
             # what is trained holds the backbone as `model`, itself or in its classifier
             own = name.partition("model.")[2].removesuffix(SCORES)
-            found[own.replace("parametrizations.", "").replace("_orig_mod.", "")] = tensor
+            found[canonical(own.replace("parametrizations.", ""))] = tensor
     return found
 
 

@@ -192,10 +192,8 @@ def _learned(result: TrainResult) -> int:
 
 def stored(adapter: Adapter) -> dict[str, int]:
     """Return the bytes of an adapter file by what they are; their sum is the file's size."""
-    about = inspect_adapter(adapter)
-    sets = about["sets"].values()
-    sizes = {"masks": sum(one["payload_bytes"] for one in sets), "head": 0, "statistics": 0}
-    for found in (*(one["dense_bytes"] for one in sets), about["cascade"]["bytes"] if about["cascade"] else {}):
-        for role, size in found.items():
-            sizes[role] = sizes.get(role, 0) + size
-    return {**sizes, "index": about["size"] - sum(sizes.values())}
+    sizes = {"masks": 0, "head": 0, "statistics": 0, "index": 0}
+    for part, size in inspect_adapter(adapter)["bytes"].items():
+        role = part.partition("/")[2].replace("payloads", "masks") or "index"
+        sizes[role] = sizes.get(role, 0) + size
+    return sizes
