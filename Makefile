@@ -79,6 +79,16 @@ $(CLIENT)/version.txt: pyproject.toml $(VENV)/.installed
 lowest-client: $(CLIENT)/version.txt ## tests of push and pull with the lowest Hub client that is allowed
 	MASKPACK_CLIENT=$$(cat $(CLIENT)/version.txt) PYTHONPATH=$(CLIENT) OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) $(CLIENT_TESTS)
 
+# an S3 server and a client for it, laid over the environment
+S3 := .clients/s3
+$(S3)/.installed: $(VENV)/.installed
+	rm -rf $(S3)
+	$(BIN)/pip install --quiet --target $(S3) 'moto[s3]' flask flask-cors s3fs
+	touch $@
+
+s3: $(S3)/.installed ## weights of a training loop through an S3 server on this machine; 130 MB of packages
+	PYTHONPATH=$(S3) OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_exchange.py -k s3
+
 lowest: ## tests of the core with the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv .venv-lowest
 	$(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print("\n".join(d.split(",")[0].replace(">=", "==") for d in p["dependencies"]))' > .venv-lowest/lowest.txt
@@ -89,12 +99,12 @@ lowest: ## tests of the core with the lowest versions that pyproject.toml allows
 
 # TRL and Lightning are in no extra, since maskpack imports neither; TRL 1.15 needs a GPU beside old transformers
 VERSIONS ?= newest
-INTEGRATED := transformers accelerate peft sentence-transformers trl pytorch-lightning
-LOWEST := transformers==5.0.0 accelerate==1.10.0 peft==0.21.0 trl==1.0.0 pytorch-lightning
-integrations: ## masks inside Trainer, TRL, PEFT, Lightning, sentence-transformers; VERSIONS=lowest or newest
+INTEGRATED := transformers accelerate peft sentence-transformers trl pytorch-lightning torchao lm-eval
+LOWEST := transformers==5.0.0 accelerate==1.10.0 peft==0.21.0 trl==1.0.0 pytorch-lightning==2.6.0
+integrations: ## masks inside Trainer, TRL, PEFT, Lightning, sentence-transformers, beside torchao; VERSIONS=lowest or newest
 	$(PYTHON) -m venv .venv-$(VERSIONS)
 	.venv-$(VERSIONS)/bin/pip install --quiet --editable '.[train,dev]' $(if $(filter lowest,$(VERSIONS)),$(LOWEST),--upgrade $(INTEGRATED))
-	OMP_NUM_THREADS=1 .venv-$(VERSIONS)/bin/python -m pytest tests/test_integrations.py tests/test_own_loop.py
+	OMP_NUM_THREADS=1 .venv-$(VERSIONS)/bin/python -m pytest tests/test_integrations.py tests/test_own_loop.py tests/test_placement.py
 
 hub-live: $(VENV)/.installed ## push and pull at the real Hub, in a temporary private repository; needs a login
 	HF_TOKEN=$$($(BIN)/python -c 'import huggingface_hub; print(huggingface_hub.get_token() or "")') MASKPACK_HUB_LIVE=1 \

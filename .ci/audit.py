@@ -1,4 +1,4 @@
-"""Look up what the lock names in the vulnerability database of PyPI, with pip-audit.
+"""Audit of the locked dependencies against PyPI's vulnerability database, with pip-audit.
 
 Usage: audit.py LOCK [option of pip-audit ...]. Exit status: 0 if nothing is known, 1 if something is, 2 if pip-audit
 failed, 3 if the database could not be asked about all of them.
@@ -12,7 +12,7 @@ UNREACHABLE = ("ConnectionError", "ProxyError", "ServiceError", "Timeout", "HTTP
 
 
 def audit(lock: str, options: list[str]) -> int:
-    """Print what was found, in one line if it is nothing, and return the exit status."""
+    """Print the vulnerabilities found, or one line if there are none, and return the exit status."""
     command = [sys.executable, "-m", "pip_audit", "--requirement", lock, "--disable-pip", "--progress-spinner", "off"]
     run = subprocess.run([*command, "--format", "json", *options], capture_output=True, text=True)
     try:

@@ -41,7 +41,7 @@ def with_docstrings(text: str, package: griffe.Object | griffe.Alias) -> str:
 
 
 def check_links() -> list[str]:
-    """Return what the links of the built pages name and the site lacks, anchors included."""
+    """Return the broken links of the built pages, anchors included."""
     texts = {path: path.read_text(encoding="utf-8") for path in SITE.rglob("*.html") if path.name != "404.html"}
     anchors = {path: set(re.findall(r'\bid="([^"]+)"', text)) for path, text in texts.items()}
     lacking = []

@@ -1,4 +1,4 @@
-"""How many bytes one mask would save of another on the same base: its bits as context, its coefficients as predictions.
+"""Bytes that one mask saves in coding another on the same base: its bits as context, its coefficients as predictions.
 
     MASKPACK_DATA=… python -m benchmarks.across        some minutes of one core, resumable
     python -m benchmarks.across --write docs/results/codecs.md
@@ -79,7 +79,7 @@ def roundings(bits: Bits, side: Side) -> dict[str, list[Rounding]]:
 
 
 def saved(mine: dict[str, list[Rounding]], known: dict[str, list[Rounding]]) -> float:
-    """Return the bits that a mask's coefficients take less as differences from what another's predict."""
+    """Return the bits saved by coding a mask's coefficients as differences from predictions by another's."""
     total = 0.0
     for name, own in mine.items():
         if name not in known:

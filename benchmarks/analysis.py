@@ -1,4 +1,4 @@
-"""What is transferred: starts and masks of small networks, by every analysis of `maskpack analyze`.
+"""Analyses of transfer learning: starts and masks of small networks, by every analysis of `maskpack analyze`.
 
     MASKPACK_DATA=… python -m benchmarks.analysis                         all; about three hours of one core, resumable
     MASKPACK_DATA=… python -m benchmarks.analysis lines shuffle           some of it
@@ -64,7 +64,7 @@ FROM_CHECKPOINT = replace(IMAGES, steps=160, lr=0.03)
 
 @dataclass(frozen=True)
 class Kind:
-    """How networks come about: the start, and the peak rate of weights or scores."""
+    """A kind of network: its start, and the peak rate of its weights or scores."""
 
     random: bool = False
     lr: float = 0.03
@@ -128,7 +128,7 @@ class Study:
         return Network(f"{name} {seed}", name, read_tensors(path), state_of(self.started(kind, seed)))
 
     def evaluations(self, **options: Any) -> Evaluations:
-        """Return what measures networks of this target."""
+        """Return the `Evaluations` of networks of this target."""
         classifier = self.started(Kind(), 0)
         backbone = replace(self.backbone(), model=classifier.model)
         return Evaluations(classifier, backbone, self.data, folder=OUTPUT / "evaluations", **options)
@@ -186,7 +186,7 @@ def features() -> None:
 
 
 def critical() -> None:
-    """Criticality of modules: rewound, of the first seed of sketches with its path and noise."""
+    """Criticality of modules by rewinding; for the first seed of sketches also along its path and with noise."""
 
     def measured(target: str, name: str, seed: int, limit: int | None, **options: Any) -> dict[str, Any]:
         one = study(target)
@@ -267,7 +267,7 @@ def shuffle(target: str = "sketch") -> None:
 
 
 def checkpoints() -> None:
-    """A random start learns CIFAR-10; sketches are learned from its checkpoints."""
+    """Training on sketches from the checkpoints of a network that learns CIFAR-10 from a random start."""
     if len(trials("analysis-checkpoints")) == len(EPOCHS) * len(SEEDS):
         return
     folder = OUTPUT / "checkpoints"
@@ -444,7 +444,7 @@ def stages(found: Sequence[Sequence[Mapping[str, Any]]], key: str, factor: float
 
 
 def mask_rows(drawn: Drawn) -> str:
-    """Return what masks of halves cost and save, and a picture of what rewinding costs."""
+    """Return accuracy and bytes of masks of halves, and a picture of the accuracy lost by rewinding."""
     found = [one["result"]["rows"] for one in trials("analysis-halves")]
     if not found:
         return ""

@@ -1,4 +1,4 @@
-"""Single flipped bits of a base: is every one noticed, by everything that verifies a base?
+"""Detection of single flipped bits of a base, by everything that verifies a base.
 
     python -m benchmarks.base_bits --write docs/reliability.md      # about ten minutes on one core
 

@@ -1,4 +1,4 @@
-"""Loading and undoing a mask by this checkout and by another one, in processes by turns.
+"""Times of loading and undoing a mask with two checkouts, in processes by turns.
 
     git worktree add ../before COMMIT
     python -m benchmarks.beside ../before --pairs 4        # prints the medians of the ratios, appends beside.jsonl

@@ -1,4 +1,4 @@
-"""How small masks become and how fast they decode, beside general compressors, entropies, a range coder and LoRA.
+"""Sizes and decoding rates of masks, beside general compressors, entropies, a range coder and LoRA.
 
     MASKPACK_DATA=… make bench-codec
     MASKPACK_DATA=… python -m benchmarks.codecs --only 'sketch-*' 'drawn-C100'
@@ -126,7 +126,7 @@ def decode_all(coded: Sequence[tuple[Codec, bytes, Side]]) -> None:
 
 @contextmanager
 def without_loops() -> Iterator[None]:
-    """As where there is no compiled part: numpy codes."""
+    """Code with numpy within the context, as without the compiled part."""
     library = native.library
     native.library = lambda: None  # type: ignore[assignment]
     try:
@@ -136,7 +136,7 @@ def without_loops() -> Iterator[None]:
 
 
 def numpy_rates(case: Case) -> Row:
-    """Return the rates of decoding payloads by numpy and compiled, and constriction's, which tells how busy it was.
+    """Return decoding rates by numpy and compiled, and constriction's as a measure of the machine's load.
 
     `lanes` are those of all payloads together, which numpy decodes side by side.
     """
@@ -220,7 +220,7 @@ def millions(value: float | None) -> str:
 
 
 def summarized(measured: Mapping[str, Row]) -> dict[str, Any]:
-    """Return the figures that decide: trained masks together, decoding, and the promise for structureless masks."""
+    """Return the main figures: trained masks together, decoding, and the bound for structureless masks."""
     trained = [row for row in measured.values() if row["kind"] == "trained"]
     found: dict[str, Any] = {"trained": {}, "structureless": {}, "trained_masks": len(trained)}
     for profile in PROFILES if trained else ():

@@ -54,7 +54,7 @@ ABLATIONS: dict[str, tuple[str, TrainConfig, bool]] = {
 
 
 def own_seeds(baseline: str, share: float, seeds: Sequence[int]) -> Sequence[int]:
-    """Return the seeds that make a difference."""
+    """Return the seeds of a baseline: one if it does not depend on the seed."""
     return seeds if share < 1 or find_baseline(baseline).seeded else seeds[:1]
 
 
@@ -158,7 +158,7 @@ def texts() -> None:
 
 
 def cascades() -> None:
-    """The cascade table of the first data set, for each seed, and what needs no training."""
+    """The cascade table of the first data set, for each seed, and the rows that need no training."""
     trial("cascades", {"control": "raw"}, raw)
     for seed in SEEDS:
         rate = chosen()["self-supervised"][0]
@@ -268,7 +268,7 @@ def cascade_rows(experiment: str = "cascades") -> str:
 
 
 def ablation_rows() -> str:
-    """Return one line for each change of the self-supervised mask, and what it is compared with."""
+    """Return a row for each change of the self-supervised mask, and the rows that it is compared with."""
     plain = rows_of(NAME, FIRST, FEW)
     lines = [[f"{row['method']}, as above", percent(row["accuracies"][:1])] for row in plain]
     for name, (words, _, _) in ABLATIONS.items():

@@ -162,7 +162,7 @@ def weights_of(model: torch.nn.Module) -> bytes:
 
 
 def derivation() -> str:
-    """Return how the published ratio between compressed weights and compressed masks arises."""
+    """Return the steps from which the published ratio between compressed weights and masks follows."""
     lines = []
     for data, mask, weight in (("C100", "lzma", "lzma"), ("SUN397", "gzip", "lzma"), ("SUN397", "lzma", "lzma")):
         masks, weights = PUBLISHED[data][mask], PUBLISHED_WEIGHTS[data][weight]

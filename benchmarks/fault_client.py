@@ -1,4 +1,4 @@
-"""A client process of the fault benchmark: pushes, pulls, loads and searches as it is told, a line a call.
+"""Client process of the fault benchmark: makes the call that each line of its input names.
 
     {"call": "pull", "args": ["alice/r1"], "options": {"cache_dir": "…"}}
 

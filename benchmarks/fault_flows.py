@@ -1,4 +1,4 @@
-"""The flows of the fault benchmark: what is called, what stands at the Hub before, and what must hold afterwards."""
+"""Flows of the fault benchmark: the call, the state of the Hub before it, and the conditions after it."""
 
 import json
 import os
@@ -124,7 +124,7 @@ def stored(server: HubServer, repo_id: str, revision: str) -> dict[str, bytes]:
 
 
 def fsck(server: HubServer, repo_id: str) -> list[str]:
-    """Return what git has to say about a repository."""
+    """Return the output of `git fsck` for a repository."""
     repository = server.repositories.get(repo_id)
     if repository is None:
         return []

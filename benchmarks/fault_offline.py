@@ -50,7 +50,7 @@ SLOW_NAMES = "socket.getaddrinfo = lambda *_, **__: time.sleep(600)\n"
 
 @contextmanager
 def silent(backlog: int, connections: int) -> Iterator[str]:
-    """Give the address of a server that answers nothing; with its queue full, not even a connection is made."""
+    """Yield the address of a server that never answers; with its backlog full it accepts no connection."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen(backlog)

@@ -1,4 +1,4 @@
-"""Every request of pushes, pulls and a search goes wrong once, in each way that makes sense for it, on both transports.
+"""Fault injection: each request of pushes, pulls and a search fails once in every applicable way, on both transports.
 
     python -m benchmarks.faults                             # prints the tables and writes runs/faults.jsonl
     python -m benchmarks.faults --write docs/reliability.md
@@ -45,7 +45,7 @@ STATUSES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Step:
-    """A request of a flow: its label, which occurrence it is, and which faults make sense for it."""
+    """A request of a flow: its label, its number among those of that label, and the faults that apply to it."""
 
     label: str
     occurrence: int
@@ -75,7 +75,7 @@ def steps_of(requests: list[Request], repo_id: str) -> list[Step]:
 
 
 def kinds_for(request: Request) -> tuple[str, ...]:
-    """Return the faults that make sense: broken bodies need a body, and a lost answer work that was done."""
+    """Return the faults that apply to a request: broken bodies need a body, a lost answer needs work done."""
     content = request.method == "GET" and (request.origin == "store" or "/resolve/" in request.path)
     body = request.method != "HEAD" and request.answer is not None and bool(request.answer.body)
     kinds = [*STATUSES, "drop", *(["lost"] if request.method in ("POST", "PUT") else [])]
@@ -125,7 +125,7 @@ class Bench:
                 print(self.server.transport, flow.name, label, kind, found["outcome"], *found["wrong"], flush=True)
 
     def run(self, flow: Flow, run: Run, fault: Fault | None) -> dict[str, Any]:
-        """Make one run; return its outcome and what does not hold."""
+        """Make one run; return its outcome and the conditions that do not hold."""
         flow.prepare(run)
         self.server.log.clear()
         if fault:
@@ -163,7 +163,7 @@ class Bench:
             return {"error": "none", "ours": True, "text": "the client never answered"}, "hangs"
 
     def leaks(self, answer: Answer) -> list[str]:
-        """Return where a token turned up that must not be there."""
+        """Return the places where a token leaked."""
         sent = [one for one in self.server.log if one.origin == "store"]
         places = {
             "an answer": json.dumps(answer),

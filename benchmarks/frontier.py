@@ -88,7 +88,7 @@ def points(task: str) -> list[Point]:
 
 
 def best(found: Sequence[Point]) -> list[Point]:
-    """Return the points that none of the smaller ones equals in accuracy."""
+    """Return the points of the frontier: each is more accurate than all smaller ones."""
     kept: list[Point] = []
     for one in found:
         if not kept or one.accuracy > kept[-1].accuracy:

@@ -1,4 +1,4 @@
-"""All that a GPU is needed for, in one go of less than eight minutes: the bits of a CPU, rates, loading and switching.
+"""All measurements that need a GPU, in less than eight minutes: bits equal to a CPU's, rates, loading and switching.
 
     python -m benchmarks.gpu --output runs/gpu                        where there is one
     TRITON_INTERPRET=1 python -m benchmarks.gpu --output runs/gpu     whether it runs, in Triton's interpreter
@@ -39,7 +39,7 @@ NOTHING = "Not measured: no GPU was available.\n"
 
 
 class Work(NamedTuple):
-    """What CPU and GPU both do: its size and unit, each one's way, whether their answers agree."""
+    """An operation that CPU and GPU both do: its size and unit, both functions, and the comparison of their results."""
 
     what: str
     size: int
@@ -65,7 +65,7 @@ def decoding(what: str, codec: Logit, payloads: list[tuple[bytes, Tensor]]) -> W
 
 
 def works(device: str, tiny: bool) -> Iterator[Work]:
-    """Yield what is measured; `tiny` is for the interpreter."""
+    """Yield the operations to measure; `tiny` ones are for Triton's interpreter."""
     from maskpack.backbone.digest_gpu import digest_of
     from maskpack.codecs.native import steps_gpu
 

@@ -1,4 +1,4 @@
-"""Thousands of spoiled adapter files, read, described, verified and decoded: what happens, how long, how much memory.
+"""Thousands of damaged adapter files, read, described, verified and decoded: outcomes, times and memory.
 
     python -m benchmarks.hostile                           # prints the tables and writes runs/hostile.jsonl
     python -m benchmarks.hostile --write docs/reliability.md
@@ -59,14 +59,14 @@ LARGE = {"sets": 16_000, "parameters": 100_000, "tensors": 50_000, "classes": 10
 
 
 def decoded(adapter: Adapter, name: str) -> Iterator[str]:
-    """Decode all that a set has, one mask in memory at a time."""
+    """Decode everything in a set, one mask in memory at a time."""
     adapter.parts(name, WEIGHTS, stream=True)
     for parameter, _ in adapter.iter_masks(name, WEIGHTS):
         yield parameter
 
 
 def measured(path: Path) -> dict[str, Any]:
-    """Do everything with a file; return the outcome, the seconds of each stage and the growth of memory."""
+    """Read, describe, verify and decode a file; return outcome, seconds of each stage and growth of memory."""
     Path("/proc/self/clear_refs").write_text("5")
     before, seconds, outcome = process_memory()[0], dict[str, float](), "read"
     signal.alarm(LIMIT)

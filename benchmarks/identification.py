@@ -1,4 +1,4 @@
-"""Which of ten masks is a batch for: permuted MNIST on one random network, after Wortsman et al. (2020).
+"""Identification of a batch's mask among ten: permuted MNIST on one random network, after Wortsman et al. (2020).
 
     MASKPACK_DATA=… python -m benchmarks.identification       a quarter of an hour of one core
 

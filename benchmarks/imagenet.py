@@ -193,7 +193,7 @@ def changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
 
 
 def described(masks: MaskSet) -> dict[str, Any]:
-    """Return density, also by parameter, weights that have scores, and bytes of masks."""
+    """Return density in all and by parameter, the number of weights with scores, and the bytes of masks."""
     layers = {name: mask.density for name, mask in masks.items()}
     return {"density": masks.density, "layers": layers, "weights": masks.total, "bytes": coded_bytes(masks.values())}
 
@@ -254,7 +254,7 @@ def selective() -> None:
 
 
 def with_labels(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Train a mask with labels, without norms; return its accuracy and what it is."""
+    """Train a mask with labels, without norms; return its accuracy and its `described` figures."""
     config = changed(replace(DEFAULT, top=1.0, train=(), lr=MASK_RATE[0]), changes)
     result = train_mask(load_backbone(**lite0(64)), load_data(str(data_of(FIRST))), config)
     return {"accuracy": result.metrics["test_accuracy"], **described(result.parts.masks)}

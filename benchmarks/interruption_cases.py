@@ -1,4 +1,4 @@
-"""What `interruptions.py` lets fail: loads, undos, switches, banks, cascades; and what must hold afterwards."""
+"""Operations that `interruptions.py` interrupts (loads, undos, switches, banks, cascades), and checks afterwards."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from maskpack.runtime.cascade import LoadedCascade
 
 @dataclass(frozen=True)
 class Case:
-    """An operation: what comes before it, the operation, and the check of what it left."""
+    """An operation with its preparation and the check of the state that it left."""
 
     name: str
     before: Callable[[World], object]
@@ -36,7 +36,7 @@ def load_b(world: World) -> None:
 
 
 def forgetting(world: World) -> None:
-    """Load for good."""
+    """Load a mask that cannot be undone."""
     load_mask(world.model, world.adapters["b"], restorable=False)
 
 

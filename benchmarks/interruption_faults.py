@@ -40,7 +40,7 @@ for line in sys.stdin:
 
 
 class Fault:
-    """Counts places where something can fail, and raises at one of them.
+    """A counter of places where something can fail, which raises at one of them.
 
     Attributes:
         at: number of the place, from 1; 0: only count. seen: places so far. raised: whether it was reached.
@@ -158,7 +158,7 @@ def every(world: World, case: Case, step: int = 1, first: int = 1) -> tuple[Coun
 
 
 def twice(world: World, case: Case, tries: int, draw: random.Random) -> tuple[int, list[str]]:
-    """Let a case fail at a random place, and the way back as well; return how often both came, and what was wrong."""
+    """Fail at a random place of a case and again in its undo; return how often both happened, and the errors."""
     once(world, case, (at_calls, count := Fault()))
     wrong, both, world.twice = [], 0, True
     for _ in range(tries):
@@ -170,7 +170,7 @@ def twice(world: World, case: Case, tries: int, draw: random.Random) -> tuple[in
 
 
 def storm(count: int, draw: random.Random) -> tuple[Counter[str], list[str]]:
-    """Interrupt loads, undos and switches of real size at random moments; return how often it met which."""
+    """Interrupt loads, undos and switches of real size at random moments; return the number of hits of each."""
     counts: Counter[str] = Counter()
     wrong: list[str] = []
     sender = subprocess.Popen([sys.executable, "-c", SENDER], stdin=subprocess.PIPE, text=True)

@@ -25,7 +25,7 @@ Bits = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """One of the cross product; `side` of the weights, and how many places are written in one piece."""
+    """One setting of the cross product; `side` is that of the weights, `few` the number of places written at once."""
 
     op: str = "zero"
     scale: bool = False
@@ -130,7 +130,7 @@ class World:
         self.model = copy.deepcopy(self.base)
 
     def check_said(self) -> None:
-        """Raise AssertionError if the model is not what is said of it."""
+        """Raise AssertionError if the model's bits are not those of the adapter that maskpack says it has."""
         record, name = applied(self.model), None
         if record is not None and record.notes is not None:
             name = self.bank.active
@@ -141,7 +141,7 @@ class World:
         assert same(bits_of(self.model), self.wanted[name]), f"damaged: it is said to be {name}"
 
     def check(self) -> None:
-        """Raise AssertionError if the model is not what is said of it, or one more `unload_mask` is not the base."""
+        """As `check_said`, and raise AssertionError if one more `unload_mask` does not give the base."""
         self.check_said()
         if applied(self.model) is not None:
             unload_mask(self.model)

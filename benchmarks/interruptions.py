@@ -1,4 +1,4 @@
-"""Loads, undos and switches fail at every point, and are interrupted at random ones: no model is damaged.
+"""Failures of loads, undos and switches at every point, and interruptions at random ones: no model is damaged.
 
     python -m benchmarks.interruptions                     # prints the tables and writes runs/interruptions.jsonl
     python -m benchmarks.interruptions --write docs/reliability.md

@@ -2,7 +2,7 @@
 
     MASKPACK_DATA=… SMOLLM2=FOLDER python -m benchmarks.language                 both tables; hours of a core, resumable
     MASKPACK_DATA=… SMOLLM2=FOLDER python -m benchmarks.language shakespeare     one of them
-    MASKPACK_DATA=… SMOLLM2=FOLDER python -m benchmarks.language recipe          distances in very short runs
+    MASKPACK_DATA=… SMOLLM2=FOLDER python -m benchmarks.language recipe          distances in runs of several lengths
     SMOLLM2=FOLDER python -m benchmarks.language step                            time and memory of a step
     python -m benchmarks.language --write docs/language-models.md                tables of what is recorded
 
@@ -53,7 +53,8 @@ ROWS = {"train": 2000, "validation": 32, "test": 64}  # at most; Shakespeare has
 ASKED, ANSWER = 48, 128  # prompts of GSM8K, and new tokens of each at most
 SPLITS = ("validation", "test")
 BITS = (16, 4, 2)
-SHORT, SEARCHED = 12, (1.2, 1.02, 1.05, 2.0)  # steps of a run that only compares distances, and these
+# distances of masks of the largest 2 % in runs of other lengths
+LENGTHS = {6: (1.1,), 12: (1.1, 1.3, 2.0), 30: (1.1, 1.3, 2.0), STEPS: (), 240: (4.0, 2.0)}
 DISTANCES = (1.01, 1.1, 1.3)
 BESIDE_NORMS = (1.3, 1.1, 2.0)  # norms that learn take most of what short distances would remove
 FURTHER = 2  # more rates, at most
@@ -67,6 +68,7 @@ MASKS: dict[str, dict[str, Any]] = {
     "mask, gate projections": {"top": 1.0, "train": ("none",), "include": ("*gate_proj.weight",)},
     "mask, all + norms": {"top": 1.0},
 }
+SMALL = "mask, largest 2 % + norms"
 WAYS = ("norms", *MASKS, "lora:1", "lora:4", "lora:8")
 RAW = "raw model"
 TITLES = {"shakespeare": "Tiny Shakespeare", "gsm8k": "Answers of GSM8K"}
@@ -125,21 +127,20 @@ def measure(
         return {"validation": validation, "sizes": {"stored": {"bytes": 0, **figures(splits[-1])}}}
     at = run.train(RunFolder({}))
     sizes: dict[str, Any] = {}
-    if "test" not in splits:
-        if lora is None:
-            run.settle()
-        return {"validation": figures(splits[0])["perplexity"], "seconds": time.process_time() - started}
     if lora is None:
         run.settle()
-        validation, test = figures(splits[0])["perplexity"], figures(splits[-1])
-        masks = [one.mask() for one in run.scored]
-        changed = sum(math.prod(one.shape) - one.kept for one in masks)
-        coded = coded_bytes(masks)
+    validation = figures(splits[0])["perplexity"]
+    masks = [] if lora else [one.mask() for one in run.scored]
+    changed = sum(math.prod(one.shape) - one.kept for one in masks)
+    more: dict[str, Any] = {} if lora else {"changed": changed}
+    if "test" not in splits:
+        return {"validation": validation, **more, "seconds": time.process_time() - started}
+    if lora is None:
+        test, coded = figures(splits[-1]), coded_bytes(masks)
         norms = norms_to_frame(run.parts().norms)  # takes the scores off
         sizes["stored"] = {"bytes": coded + len(norms), "mask": coded, **test}
-        more = {"changed": changed, "bits_per_changed": 8 * coded / max(changed, 1)}
+        more["bits_per_changed"] = 8 * coded / max(changed, 1)
     else:
-        validation, more = figures(splits[0])["perplexity"], {}
         learned = {name: one.detach().clone() for name, one in run.scores.items()}
         for bits in BITS:
             size = 0.0
@@ -162,17 +163,17 @@ def measure(
 
 
 def rates(way: str) -> tuple[float, ...]:
-    """Return what is tried of a way: distances of a mask, rates of others."""
+    """Return the values that are tried for a way: distances for a mask, rates for others."""
     if way in MASKS:
         return BESIDE_NORMS if "norms" in way else DISTANCES
     return RATES[way.partition(":")[0]]
 
 
-def searched(task: str, way: str, rate: float) -> None:
+def searched(task: str, way: str, rate: float, steps: int = STEPS) -> None:
     """Run a trial of the search, unless it is recorded."""
-    if not trials(NAME, task=task, way=way, rate=rate, seed=SEEDS[0], steps=STEPS):
-        about = {"task": task, "way": way, "rate": rate, "seed": SEEDS[0], "steps": STEPS, "search": True}
-        trial(NAME, about, partial(measure, task, way, rate, SEEDS[0], STEPS, ("validation",)))
+    if not trials(NAME, task=task, way=way, rate=rate, seed=SEEDS[0], steps=steps):
+        about = {"task": task, "way": way, "rate": rate, "seed": SEEDS[0], "steps": steps, "search": True}
+        trial(NAME, about, partial(measure, task, way, rate, SEEDS[0], steps, ("validation",)))
 
 
 def tried(task: str, way: str, rate: float, seed: int) -> None:
@@ -211,11 +212,11 @@ def best_rate(task: str, way: str) -> float:
 
 
 def recipe() -> None:
-    """Compare distances of the scores in very short runs, with norms beside the largest tenth, on validation rows."""
-    way = "mask, largest 10 % + norms"
-    for distance in SEARCHED:
-        about = {"task": "recipe", "way": way, "rate": distance, "seed": 0, "steps": SHORT}
-        trial(NAME, about, partial(measure, "shakespeare", way, distance, 0, SHORT, SPLITS))
+    """Compare distances of the scores in runs of several lengths, and norms alone, on validation rows."""
+    for steps, distances in LENGTHS.items():
+        for distance in distances:
+            searched("shakespeare", SMALL, distance, steps)
+        searched("shakespeare", "norms", BESIDE, steps)
 
 
 # --- a step ----------------------------------------------------------------------------------------------------------
@@ -316,18 +317,17 @@ def spread(values: Sequence[float]) -> str:
 def write_pages(page: Path) -> None:
     """Write the tables of what is recorded between the page's markers."""
     text = "".join(f"{title}:\n\n{compared_table(task)}\n" for task, title in TITLES.items())
-    short = sorted(trials(NAME, task="recipe"), key=lambda one: float(one["rate"]))
-    if short:
-        rows = [
-            [
-                f"{one['rate']:g}",
-                f"{found['validation']:.1f}",
-                f"{found['raw']['validation']:.1f}" if "raw" in found else "-",
-                f"{found['changed']:,}",
-            ]
-            for one, found in ((one, one["result"]) for one in short)
-        ]
-        text += table((f"distance, {SHORT} steps", "validation perplexity", "raw model", "weights removed"), rows, 0)
+    rows = []
+    for steps in LENGTHS:
+        own = trials(NAME, task="shakespeare", seed=SEEDS[0], steps=steps)
+        found = {(one["way"], one["rate"]): one["result"] for one in own}
+        chosen = [("norms", BESIDE), *sorted(one for one in found if one[0] == SMALL)]
+        for way, rate in (one for one in chosen if one in found):
+            result, name = found[way, rate], way if way == "norms" else f"{rate:.3g}"
+            rows.append(
+                [steps, name, spread([result["validation"]]), f"{result['changed']:,}" if way == SMALL else "-"]
+            )
+    text += table(("steps", "distance", "validation perplexity", "weights removed"), rows, 0)
     for one in trials(STEP):
         found = one["result"]
         cells = [

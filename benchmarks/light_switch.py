@@ -210,7 +210,7 @@ EXPERIMENTS = {
 
 
 def train(experiment: Experiment, learner: Learner, seed: int) -> dict[str, Any]:
-    """Train one learner; return its curve, what it ends with, and for gates how they ended.
+    """Train one learner; return its curve, its final figures, and those of its gates if it has any.
 
     Points of the curve are the step, the test measure, and the mean over the batches since the point before.
     """
@@ -278,7 +278,7 @@ def together(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def chosen(models: Sequence[nn.Module], gates: Gates | None, problem: Problem, task: int) -> nn.Module:
-    """Return the model that computes for a task."""
+    """Return the model to use for a task."""
     if gates is not None:
         gates.use(problem.tasks[task])
     return models[task] if len(models) > 1 else models[0]
@@ -297,7 +297,7 @@ def measured(models: Sequence[nn.Module], gates: Gates | None, problem: Problem,
 
 
 def ended(gates: Gates, problem: Problem) -> dict[str, Any]:
-    """Return how far gates are from 0 and 1, how alike those of tasks are by layer, and how far W is from A."""
+    """Return gates' distance from 0 and 1, their divergence between tasks by layer, and the distance of W from A."""
     values = {task: gates.values(task) for task in gates.tasks}
     every = torch.cat([value.flatten() for own in values.values() for value in own.values()])
     pairs = list(combinations(gates.tasks, 2))

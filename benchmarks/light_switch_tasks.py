@@ -18,7 +18,7 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Problem:
-    """Tasks and what learns them.
+    """Tasks and the model that learns them.
 
     Attributes:
         tasks: their names. model: makes a network, at random.

@@ -113,7 +113,7 @@ def serving(model: Path, *options: str) -> Iterator[Running]:
 
 
 def prepared() -> dict[str, Path]:
-    """Make what is switched to: a mask that removes 5 % of two layers' weights, an SFT patch, LoRA, merged folders."""
+    """Make the adapters: a mask that removes 5 % of two layers' weights, an SFT patch, LoRA, merged folders."""
     names = ("base", *MASKS, "patch", "lora", "merged mask", "merged patch")
     paths = {name: FOLDER / name for name in names}
     if paths["lora"].is_dir():
@@ -181,7 +181,7 @@ def first_token(url: str) -> float:
 
 
 def served() -> list[dict[str, Any]]:
-    """Switch masks and patches on a server, then let it read the merged checkpoints, which is vLLM's own way."""
+    """Switch masks and patches on a server, then reload the merged checkpoints, which is vLLM's own way."""
     paths, says = {name: path.resolve() for name, path in prepared().items()}, dict[str | None, str]()
     with serving(paths["base"], *ENGINE) as server:
         url = server.url

@@ -1,4 +1,4 @@
-"""Ten tasks in a row on one backbone: what is forgotten, what each costs, and a task that no mask was made for.
+"""Ten tasks in a row on one backbone: forgetting, bytes of each task, and masks combined for an unseen task.
 
     MASKPACK_DATA=… python -m benchmarks.many_tasks              all; an hour of one core, resumable
     MASKPACK_DATA=… python -m benchmarks.many_tasks masks/0 unseen
@@ -57,7 +57,7 @@ def rows_of(name: str) -> Data:
 
 
 def masks(seed: int) -> list[dict[str, Any]]:
-    """Train a mask for each task in turn; return what each had after its training and has when all are there."""
+    """Train a mask for each task in turn; return the accuracy of each after its training and at the end."""
     folder = RUNS / NAME / f"masks-{seed}"
     tasks = {name: Task(rows_of(name)) for name in TASKS}
     config, backbone = replace(CONFIG, seed=seed), load_backbone(**lite0(64))

@@ -1,4 +1,4 @@
-"""Recorded trials: one JSON-lines file per experiment in benchmarks/measured, one line per trial.
+"""Recorded trials: a JSON-lines file for each experiment in benchmarks/measured, one line a trial.
 
 A line is a JSON object: the settings of the trial, and under "result" what was measured. A trial that is recorded is
 not run again; delete its line to repeat it.

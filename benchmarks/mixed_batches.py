@@ -43,7 +43,7 @@ def few(model: Any, share: float, seed: int) -> MaskSet:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Return the least processor time of some runs, in one thread: other work on the machine counts less."""
+    """Return the least processor time of several runs in one thread, which depends least on the machine's load."""
     found = []
     for _ in range(TIMES):
         begun = time.process_time()

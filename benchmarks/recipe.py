@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from maskpack import load_backbone
 from maskpack.backbone.classifier import predictions
 from maskpack.backbone.load import Backbone
-from maskpack.backbone.model import named_parameters
+from maskpack.backbone.model import all_names, named_parameters
 from maskpack.lab.baselines.dense import quantized
 from maskpack.lab.baselines.layers import Changed
 from maskpack.preprocess import ImagePreprocess
@@ -35,7 +35,7 @@ from maskpack.training.features import embed, fit_probe
 from maskpack.training.learn import body_parameters, borrowed, learn_scores, learning_names
 from maskpack.training.objectives.supervised import train_teacher
 from maskpack.training.run_folder import RunFolder
-from maskpack.training.scores import all_names, density, owner, put_on, without_scores
+from maskpack.training.scores import density, owner, put_on, without_scores
 from maskpack.training.trainer import ObjectiveRun
 
 from .measured import Trial, trial, trials
@@ -162,7 +162,7 @@ def measure(pair: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def learned(kind: str, backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
-    """Return what learns in a baseline."""
+    """Return the parameters that learn in a baseline."""
     body = body_parameters(backbone)
     return body if kind == "full" else {name: body[name] for name in learning_names(backbone.model, [kind])}
 
@@ -206,7 +206,7 @@ def mixed(*candidates: Settings) -> list[Settings]:
 
 
 def better(usual: Settings) -> list[Settings]:
-    """Return what may make masks better for their bytes, beside the settings that are usual, with two seeds each."""
+    """Return candidates that may give masks more accuracy for their bytes, and the usual settings, with two seeds."""
     found = [
         usual,
         {**usual, "top": 0.1},

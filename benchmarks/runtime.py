@@ -152,7 +152,7 @@ def tables(every: Sequence[Mapping[str, Any]]) -> str:
 
 
 def trained(one: Mapping[str, Any], examples: str, kind: str) -> Mapping[str, float]:
-    """Return what a training step took, or nothing if it was not measured."""
+    """Return the time and memory of a training step, or nothing if it was not measured."""
     found: Mapping[str, float] = one.get("training", {}).get(examples, {}).get(kind, {})
     return found
 

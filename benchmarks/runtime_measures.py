@@ -1,4 +1,4 @@
-"""What `benchmarks.runtime` measures of one model in one process: loading, switching, memory, a training step."""
+"""Measurements of `benchmarks.runtime` of one model in one process: loading, switching, memory, a training step."""
 
 import copy
 import statistics
@@ -25,13 +25,13 @@ ADAPTERS = ("one", "other")
 
 
 class Clock:
-    """Times what is done on a device."""
+    """A clock for operations on a device, which waits for them to end."""
 
     def __init__(self, device: str):
         self.device = device
 
     def once(self, act: Callable[[], object]) -> float:
-        """Return seconds."""
+        """Return the seconds that an operation takes."""
         self._wait()
         started = time.perf_counter()
         act()

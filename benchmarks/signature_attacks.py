@@ -1,4 +1,4 @@
-"""Random attacks on signed adapters, each on real files: what is refused, and what must not be.
+"""Random attacks on real files of signed adapters, and changes that must be accepted.
 
     python -m benchmarks.signature_attacks                       # prints the table and writes runs/signatures.jsonl
     python -m benchmarks.signature_attacks --write docs/reliability.md
@@ -40,7 +40,7 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True)
 class World:
-    """A signed adapter and what an attacker has: other adapters, other keys, other signatures."""
+    """A signed adapter and the means of an attacker: other adapters, other keys, other signatures."""
 
     files: Files
     trusted: Path | str

@@ -1,4 +1,4 @@
-"""What an adapter takes beside its masks, by part, and the accuracy of what is stored, for each way of `--store`.
+"""Bytes of an adapter beside its masks, by part, and its accuracy, for each choice of `--store`.
 
     MASKPACK_DATA=… python -m benchmarks.stored                       some minutes of one core, resumable
     python -m benchmarks.stored --write docs/results/codecs.md      the table of what is recorded

@@ -1,4 +1,4 @@
-"""Trainings that are killed at random moments, resumed until they are done, and compared with uninterrupted ones.
+"""Trainings killed at random moments and resumed until they are done, compared with uninterrupted ones.
 
     python -m benchmarks.training_kills             # prints the table and writes runs/training-kills.jsonl
     python -m benchmarks.training_kills --write docs/reliability.md

@@ -1,4 +1,4 @@
-"""Domain transfer between the four domains of PACS: what a source keeps and a target learns, by mask and start.
+"""Domain transfer between the four domains of PACS: accuracy on source and target, by mask and start.
 
     MASKPACK_DATA=… python -m benchmarks.transfer                    all 12 pairs; some hours, resumable
     MASKPACK_DATA=… python -m benchmarks.transfer photo sketch       these sources only, as for one of two processes
@@ -124,7 +124,7 @@ class Source:
         return found
 
     def of_mask(self, masks: MaskSet) -> dict[str, Any]:
-        """Return what a mask leaves of the source, and its densities."""
+        """Return the accuracy on the source with a mask on it, and the mask's densities."""
         found = {"source": self.on(self.domain), "density": masks.density}
         with applied_parts(self.backbone.model, Parts(masks), "source"):
             found["through_mask"] = self.on(self.domain)
@@ -272,7 +272,7 @@ def signed(values: Sequence[float]) -> str:
 
 
 def gains(found: Found, domains: Sequence[str]) -> str:
-    """Return what masks gain on source and target over plain fine-tuning."""
+    """Return the gains of masks over plain fine-tuning, on source and target."""
     columns = list(product(domains, ("source", "target")))
     lines = [
         [mask, start, *(signed(over_plain(found, domain, mask, start, key)) for domain, key in columns)]

@@ -8,7 +8,7 @@ from maskpack.training import TrainConfig, load_data, train_mask
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--backbone", help="as in timm/resnet18.a1_in1k")
 parser.add_argument("--data", default="digits:5-9", help="a folder with train/CLASS/*.jpg and test/CLASS/*.jpg")
-parser.add_argument("--steps", type=int, default=60)
+parser.add_argument("--steps", type=int, default=200)
 parser.add_argument("--output", default="./images-mask")
 given = parser.parse_args()
 

@@ -3,19 +3,18 @@
 import argparse
 
 from maskpack import MaskBank, load_adapter, load_backbone
-from maskpack.training import TrainConfig, load_data, train_tasks
-from maskpack.training.multitask import Task
+from maskpack.training import Task, TrainConfig, load_data, train_tasks
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--steps", type=int, default=40)
+parser.add_argument("--steps", type=int, default=200)
 parser.add_argument("--output", default="./many-masks")
 given = parser.parse_args()
 
 backbone = load_backbone("demo-output/backbone.py:digits_cnn", weights="demo-output/backbone.safetensors")
 tasks = {
-    "low": Task(load_data("digits:0-4")),
-    "middle": Task(load_data("digits:3-6")),
+    "middle": Task(load_data("digits:4-8")),
     "high": Task(load_data("digits:5-9")),
+    "most": Task(load_data("digits:3-9")),
 }
 found = train_tasks(backbone, tasks, given.output, config=TrainConfig(steps=given.steps, batch_size=32))
 for row in found["rows"]:

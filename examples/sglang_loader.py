@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from maskpack import MaskpackError
 from maskpack.runtime.served import Served
-from maskpack.safetensors_io import open_tensors
+from maskpack.safetensors_io import TensorFile
 
 SERVED: dict[int, Served] = {}  # by the id of a model: a draft model is another one
 
@@ -43,7 +43,7 @@ def switch(model: nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) -> Non
     ((ref, _),) = named_tensors
     if id(model) not in SERVED:
         config: Any = model.config
-        checkpoint = open_tensors(os.environ["MASKPACK_CHECKPOINT"])
+        checkpoint = TensorFile(os.environ["MASKPACK_CHECKPOINT"])
         dtype, tied = next(model.parameters()).dtype, bool(config.tie_word_embeddings)
         SERVED[id(model)] = Served(model, checkpoint.items, dtype, tied=tied, everyone=everyone)
     served, digest = SERVED[id(model)], None

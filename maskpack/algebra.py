@@ -1,4 +1,4 @@
-"""Votes on packed bits: sums of many bits at once, as binary digits that are packed themselves."""
+"""Sets of masks combined bit by bit, by votes and other operations, and what two of them have in common."""
 
 import math
 import operator
@@ -11,12 +11,11 @@ from typing import Literal
 import numpy as np
 from bitarray import bitarray
 from bitarray.util import count_and, ones
-from numpy.typing import NDArray
 
 from .errors import ConfigError, UnknownNameError, check_argument
 from .mask import MaskSet, PackedMask, Shape, packed_bits
 
-CHUNK = 1 << 18  # bytes of a mask that are counted at a time, so that the digits stay in the processor's cache
+CHUNK = 1 << 15  # bytes of a mask whose votes are summed at a time, so that the sums stay in the processor's cache
 MOST_VOTES = 1 << 64
 
 
@@ -42,37 +41,16 @@ def whole_votes(weights: Sequence[float], count: int) -> list[int]:
 
 
 def count_votes(votes: Sequence[int], least: int, bits: list[bitarray]) -> bitarray:
-    """Return where the votes of the true bits sum up to `least`, from 1 to the sum of all, or more."""
+    """Return the packed bits at which the weighted votes of true bits reach `least`, at least 1."""
     columns = [packed_bits(one) for one in bits]
     kept = np.empty_like(columns[0])
     for start in range(0, len(kept), CHUNK):
         part = slice(start, start + CHUNK)
-        kept[part] = _at_least(_sums(votes, [column[part] for column in columns]), least)
+        sums = np.zeros(8 * len(kept[part]), np.uint64)
+        for vote, column in zip(votes, columns, strict=True):
+            sums += np.unpackbits(column[part]) * np.uint64(vote)
+        kept[part] = np.packbits(sums >= np.uint64(least))
     return PackedMask.from_bytes(kept, (len(bits[0]),)).bits
-
-
-def _sums(votes: Sequence[int], columns: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
-    """Add up votes: one packed array for each binary digit of the sums, the lowest first."""
-    digits = [np.zeros_like(columns[0]) for _ in range(sum(votes).bit_length())]
-    for vote, column in zip(votes, columns, strict=True):
-        for place in range(vote.bit_length()):
-            carry, at = (column if vote >> place & 1 else None), place
-            while carry is not None and carry.any():
-                digits[at], carry = digits[at] ^ carry, digits[at] & carry
-                at += 1
-    return digits
-
-
-def _at_least(digits: Sequence[NDArray[np.uint8]], least: int) -> NDArray[np.uint8]:
-    """Return where numbers, given by their binary digits, are `least` or more; it has no more digits than they."""
-    greater, equal = np.zeros_like(digits[0]), np.full_like(digits[0], 0xFF)
-    for place in reversed(range(len(digits))):
-        if least >> place & 1:
-            equal &= digits[place]
-        else:
-            greater |= equal & digits[place]
-            equal &= ~digits[place]
-    return greater | equal
 
 
 Missing = Literal["error", "keep"]
@@ -90,7 +68,7 @@ def combine(
     k: int | None = None,
     missing: Missing = "error",
 ) -> MaskSet:
-    """Combine mask sets, bit by bit: what the result keeps follows from who keeps it, and from nothing else.
+    """Combine mask sets bit by bit, by an operation such as a union, an intersection or a vote.
 
     | `how` | of | a weight is kept if it is kept by |
     | --- | --- | --- |
@@ -151,9 +129,11 @@ def operation(how: str, count: int, weights: Sequence[float] | None = None, k: i
         needed = "2 or more mask sets" if exactly is None else f"exactly {exactly} mask set{'s' * (exactly > 1)}"
         raise ConfigError(f"{how!r} takes {needed}, got {count}")
     if (weights is None) == (how == "weighted"):
-        raise ConfigError(f"weights go with 'weighted' and with no other operation, got {weights} for {how!r}")
+        given = "none" if weights is None else ", ".join(map(str, weights))
+        raise ConfigError(f"weights go with 'weighted' and with no other operation, got {given} for {how!r}")
     if (k is None) == (how == "k-of-n"):
-        raise ConfigError(f"k goes with 'k-of-n' and with no other operation, got {k} for {how!r}")
+        given = "none" if k is None else str(k)
+        raise ConfigError(f"k goes with 'k-of-n' and with no other operation, got {given} for {how!r}")
     if weights is not None:
         votes = whole_votes(weights, count)
         return partial(count_votes, votes, sum(votes) // 2 + 1)
@@ -245,6 +225,12 @@ class Overlap:
         """What `jaccard` would be if both removed `expected` weights of those that each removes."""
         removed = 2 * self.neither + self.hamming
         return self.expected / (removed - self.expected) if removed else None
+
+    @property
+    def kappa(self) -> float | None:
+        """Cohen's kappa of the bits: (share of equal bits - chance) / (1 - chance); None where chance explains all."""
+        disagreed = 2 * self.neither + self.hamming - 2 * self.expected  # bits that would differ by chance
+        return 1 - self.hamming / disagreed if disagreed > 1e-9 * self.weights else None
 
 
 def overlaps(first: MaskSet, second: MaskSet, *, missing: Missing = "error") -> Iterator[tuple[str, Overlap]]:

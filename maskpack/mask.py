@@ -164,6 +164,21 @@ class PackedMask:
             return unpack(getattr(self, of)).to(device)
         return unpacked(getattr(self.there, of).to(device), self.total)
 
+    def part(self, cut: Callable[[Tensor], Tensor]) -> PackedMask:
+        """Return the mask of a part of its weight, which `cut` takes from tensors of the weight's shape."""
+        bits, signs = (
+            None if one is None else PackedMask.from_tensor(cut(unpack(one).reshape(self.shape)).contiguous())
+            for one in (self.bits, self.signs)
+        )
+        assert bits is not None
+        return replace(bits, op=self.op, alpha=self.alpha, signs=None if signs is None else signs.bits)
+
+    def values_of_part(self, values: Tensor, cut: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return those of the values at this mask's zeros, flat, that belong to the part of the weight; see `part`."""
+        kept = self.tensor().to(values.device)
+        spread = values.new_zeros(self.shape).masked_scatter_(~kept, values)
+        return cut(spread)[~cut(kept)]
+
     def scaled(self) -> PackedMask:
         """Return the mask with alpha = float32(sqrt(kept / total)); an empty mask counts as one kept weight."""
         return replace(self, alpha=float(np.float32(math.sqrt(max(self.kept, 1) / max(len(self.bits), 1)))))

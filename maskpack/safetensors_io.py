@@ -1,4 +1,4 @@
-"""Safetensors files: strict parsing, canonical bytes, shards, and files that are written whole or not at all.
+"""Safetensors files: canonical bytes, seals, shards, and files that are written whole or not at all.
 
 torch is imported where tensors are made, so that a header is read without it.
 """
@@ -107,27 +107,6 @@ def strict_json(text: str | bytes | memoryview, what: str) -> Any:
         raise CorruptAdapterError(f"{what} is not valid JSON: {error}; fetch the file again") from None
 
 
-def seal(text: bytes) -> bytes:
-    """Fill in the header's own digest: the BLAKE3 of its bytes with zeros for the digest."""
-    return text.replace(_sealed_as(UNSEALED), _sealed_as(blake3(text).hexdigest()), 1)
-
-
-def check_seal(text: bytes, metadata: Mapping[str, str]) -> None:
-    """Raise CorruptAdapterError if the digest that `seal` filled in is missing or another."""
-    stated = metadata.get(SEAL, "")
-    found = blake3(text.replace(_sealed_as(stated), _sealed_as(UNSEALED))).hexdigest()
-    if found != stated:
-        raise CorruptAdapterError(
-            f"the header has the digest {found}, but states {stated[:64] or 'none'}; it was changed or damaged, fetch "
-            f"the file again"
-        )
-
-
-def _sealed_as(digest: str) -> bytes:
-    # quotes inside the adapter header are escaped, so that these bytes stand once in the safetensors header
-    return f'"{SEAL}":"{digest}"'.encode()
-
-
 def _refuse_deep(value: Any) -> None:
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
@@ -140,60 +119,6 @@ def _refuse_deep(value: Any) -> None:
         if not level:
             return
     raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
-
-
-def parse_header(text: memoryview, data_size: int) -> tuple[dict[str, str], dict[str, Span]]:
-    """Parse the JSON header of a safetensors file, refusing all that the format does not allow.
-
-    Args:
-        text: the header without its 8 length bytes. data_size: bytes that follow it in the file.
-
-    Returns:
-        The strings of `__metadata__`, and where each tensor lies, sorted by name.
-    """
-    if bytes(text[:1]) != b"{":
-        raise CorruptAdapterError(f"the safetensors header begins with {bytes(text[:1])!r}, expected b'{{'")
-    entries = strict_json(text, "the safetensors header")
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CorruptAdapterError("__metadata__ of the safetensors header must map strings to strings")
-    spans = {name: _span(name, entries[name]) for name in sorted(entries)}
-    at = 0
-    for name, span in sorted(spans.items(), key=lambda item: (item[1].start, item[1].end)):
-        if span.start != at:
-            kind = "overlaps the tensor before it" if span.start < at else "leaves a gap before it"
-            raise CorruptAdapterError(
-                f"tensor {name!r} starts at byte {span.start} of the data, expected {at}: it {kind}"
-            )
-        at = span.end
-    if at != data_size:
-        raise CorruptAdapterError(
-            f"the file has {data_size} bytes of data, its header describes {at}; "
-            "it was cut off or added to, fetch it again"
-        )
-    return metadata, spans
-
-
-def _span(name: str, entry: Any) -> Span:
-    def refuse(what: str) -> CorruptAdapterError:
-        return CorruptAdapterError(f"tensor {name!r} of the safetensors header: {what}; got {str(entry)[:120]}")
-
-    def are_sizes(value: Any, most: int) -> bool:
-        return isinstance(value, list) and len(value) <= most and all(type(n) is int and n >= 0 for n in value)
-
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise refuse("expected dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise refuse(f"unknown dtype {str(dtype)[:80]!r}; known: {', '.join(DTYPES)}")
-    if not are_sizes(shape, 16) or max(shape, default=0) > MAX_DIMENSION:
-        raise refuse(f"shape must be a list of at most 16 integers from 0 to {MAX_DIMENSION}")
-    if not are_sizes(offsets, 2) or len(offsets) != 2:
-        raise refuse("data_offsets must be two integers from 0")
-    size = math.prod(shape) * DTYPES[dtype][1]
-    if offsets[1] - offsets[0] != size:
-        raise refuse(f"{dtype} of shape {shape} needs {size} bytes, its offsets span {offsets[1] - offsets[0]}")
-    return Span(dtype, tuple(shape), offsets[0], offsets[1])
 
 
 SUFFIX = ".safetensors"
@@ -289,6 +214,8 @@ class Blob:
         if str(tensor.dtype) not in NAMES:
             raise ConfigError(f"tensor {name!r} is {tensor.dtype}, expected one of {', '.join(NAMES)}; convert it")
         flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel() == 1:  # expanded, it counts as contiguous
+            flat = flat.clone(memory_format=torch.contiguous_format)
         data = [flat.view(torch.uint8).numpy().data] if flat.numel() else []
         return cls(name, NAMES[str(tensor.dtype)], tuple(tensor.shape), data)
 
@@ -299,16 +226,20 @@ class Blob:
 
 
 class TensorFile(Mapping[str, "Tensor"]):
-    """The tensors of a checkpoint by name, each read when it is asked for and not kept; see `open_tensors`.
+    """The tensors of a checkpoint that the user names, each read when it is asked for and not kept.
 
     `shapes`, by name, are known without reading a tensor.
+
+    Args:
+        path: a safetensors file, the index of one in several files (`*.safetensors.index.json`), or a folder with one
+            of either. What is missing, damaged or ambiguous is a DataError, also when a tensor is read.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
         self._files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for shard, name, shape in _walk(path, lambda file, name: tuple(file.get_slice(name).get_shape())):
+        for shard, name, shape in _walk(self.path, lambda file, name: tuple(file.get_slice(name).get_shape())):
             self._files[name], self.shapes[name] = shard, shape
         self.shapes = dict(sorted(self.shapes.items()))
 
@@ -349,18 +280,8 @@ class Made(Mapping[str, "Tensor"]):
         return len(self._names)
 
 
-def open_tensors(path: str | Path) -> TensorFile:
-    """Open a checkpoint that the user names, to read it tensor by tensor; memory holds those in use only.
-
-    Args:
-        path: a safetensors file, the index of one in several files (`*.safetensors.index.json`), or a folder with one
-            of either. What is missing, damaged or ambiguous is a DataError, also when a tensor is read.
-    """
-    return TensorFile(Path(path))
-
-
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read a checkpoint of weights, masks or scores that the user names, all of it. As `open_tensors`."""
+    """Read a checkpoint of weights, masks or scores that the user names, all of it. As `TensorFile`."""
     return {name: tensor for _, name, tensor in _walk(Path(path), lambda file, name: file.get_tensor(name))}
 
 
@@ -379,45 +300,46 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def write_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor] | Iterable[Blob], metadata: Mapping[str, str]
-) -> None:
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file in canonical bytes: the same tensors and metadata give the same file.
 
-    It is replaced as a whole or not at all, and its folder must exist. Bytes of blobs are not joined in memory.
+    It is replaced as a whole or not at all, and its folder must exist. A metadata entry `SEAL`: `UNSEALED` becomes the
+    header's own digest.
     """
-    blobs = [Blob.of(*item) for item in tensors.items()] if isinstance(tensors, Mapping) else list(tensors)
-    with replacing(path) as (temporary,):
-        write_blobs(temporary, blobs, metadata)
-
-
-def write_blobs(path: Path, blobs: Iterable[Blob], metadata: Mapping[str, str]) -> None:
-    """Write the bytes of a safetensors file; a metadata entry `SEAL`: `UNSEALED` becomes the header's own digest."""
-    blobs = file_order(blobs)
-    with path.open("wb") as file:
+    blobs = _in_order(tensors)
+    with replacing(path) as (temporary,), temporary.open("wb") as file:
         file.write(_header(blobs, metadata))
         for blob in blobs:
             for piece in blob.data:
                 file.write(piece)
 
 
-def file_order(blobs: Iterable[Blob]) -> list[Blob]:
-    """Return blobs as they lie in a file: wider elements first, so that each is aligned, then by name."""
-    return sorted(blobs, key=lambda blob: (-DTYPES[blob.dtype][1], blob.name))
+def read_with_seal(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a file that `write_tensors` wrote with a seal.
+
+    Of what was read the header is made anew, so that names, shapes, dtypes and metadata are compared, but not values.
+    CorruptAdapterError: if it has another seal. Others: as `TensorFile`.
+    """
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+    if _sealed_as(metadata.get(SEAL, "")) not in _header(_in_order(tensors), {**metadata, SEAL: UNSEALED}):
+        raise CorruptAdapterError("the header has another digest than it states; fetch the file again")
+    return tensors, metadata
+
+
+def _in_order(tensors: Mapping[str, Tensor]) -> list[Blob]:
+    # wider elements first, so that each is aligned
+    return sorted((Blob.of(*one) for one in tensors.items()), key=lambda blob: (-DTYPES[blob.dtype][1], blob.name))
 
 
 def _header(blobs: Sequence[Blob], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
     for blob in blobs:
-        given = sum(memoryview(piece).nbytes for piece in blob.data)
-        if given != blob.size or blob.name in entries:
-            raise ConfigError(
-                f"tensor {blob.name!r} comes twice, or has {given} bytes where its {blob.dtype} of shape "
-                f"{blob.shape} needs {blob.size}"
-            )
-        entries[blob.name] = {"data_offsets": [start, start + given], "dtype": blob.dtype, "shape": list(blob.shape)}
-        start += given
+        end = start + blob.size
+        entries[blob.name] = {"data_offsets": [start, end], "dtype": blob.dtype, "shape": list(blob.shape)}
+        start = end
     text = json.dumps(entries, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
@@ -425,8 +347,13 @@ def _header(blobs: Sequence[Blob], metadata: Mapping[str, str]) -> bytes:
             f"the header would have {len(text)} bytes, at most {MAX_HEADER} are allowed; store less in it"
         )
     if metadata.get(SEAL) == UNSEALED:
-        text = seal(text)
+        text = text.replace(_sealed_as(UNSEALED), _sealed_as(blake3(text).hexdigest()), 1)
     return struct.pack("<Q", len(text)) + text
+
+
+def _sealed_as(digest: str) -> bytes:
+    # quotes inside of strings are escaped, so that these bytes stand once in the header
+    return f'"{SEAL}":"{digest}"'.encode()
 
 
 def lock(descriptor: int, wait: float = 0.0) -> bool | None:
@@ -520,6 +447,15 @@ def replacing(*paths: str | Path) -> Iterator[list[Path]]:
                 path.unlink(missing_ok=True)
         for descriptor in locked:
             os.close(descriptor)
+
+
+def write_file(path: str | Path, content: str | bytes) -> None:
+    """Write a file, whole or not at all, and its folder if there is none; text is UTF-8. Errors as of `writing`."""
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as (temporary,):
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def _sync(path: Path) -> None:

@@ -5,6 +5,7 @@ the id of the mask that the code of docs/devices.md makes.
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from maskpack import MaskBank, Parts, fingerprint, load_mask, save_adapter, unload_mask
 from maskpack.adapter.read import Adapter, read_adapter
@@ -270,6 +272,34 @@ def in_parallel(folder: Path) -> Iterator[tuple[str, bool]]:
         yield "scores", "shared by tensor parallelism" in str(error)
 
 
+def by_plan(folder: Path) -> Iterator[tuple[str, bool]]:
+    """Load onto a language model that transformers shares by the plan of its own config, and undo."""
+    import transformers
+    from transformers.distributed import DistributedConfig
+
+    from .helpers_loops import LLAMA, tokens
+    from .helpers_models import random_masks
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**LLAMA, "num_attention_heads": 4, "num_key_value_heads": 4})
+    alone = transformers.LlamaForCausalLM(config).eval()
+    alone.save_pretrained(folder / "llama")  # which the first process does
+    dist.barrier()
+    plan = DistributedConfig(tp_plan="auto")
+    model = type(alone).from_pretrained(folder / "llama", distributed_config=plan).eval()
+    base, ids = bits(alone), tokens(2, 6)
+    yield "shared", any(isinstance(one, DTensor) for one in model.parameters())
+    yield "fingerprint", fingerprint(model, id="x") == fingerprint(alone, id="x")
+    adapter = save_adapter(folder / f"{RANK}.safetensors", random_masks(alone), fingerprint(alone, id="tests:llama"))
+    load_mask(alone, adapter)
+    load_mask(model, adapter)
+    yield "loaded", same(bits(model), bits(alone))
+    with torch.no_grad():
+        yield "output", torch.allclose(model(ids).logits, alone(ids).logits, atol=1e-5)
+    unload_mask(model)
+    yield "undone", same(bits(model), base)
+
+
 def page_code() -> str:
     """Return the code of docs/devices.md that trains, saves, loads and resumes."""
     text = Path(__file__).parent.parent / "docs/devices.md"
@@ -299,6 +329,7 @@ def main(folder: Path) -> None:
         "resume after": lambda path: resumes("after", path),
         "apply": lambda path: applies(sharded, path),
         "tensor parallel": in_parallel,
+        **({"plan of transformers": by_plan} if "MASKPACK_FOUR" in os.environ else {}),
     }
     found: dict[str, bool | str] = {}
     for name, check in checks.items():

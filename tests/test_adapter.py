@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from maskpack.adapter.describe import inspect_adapter
 from maskpack.adapter.read import read_adapter
 from maskpack.adapter.write import save_adapter
-from maskpack.errors import AdapterError, CorruptAdapterError
+from maskpack.errors import AdapterError, CorruptAdapterError, StateError
 from maskpack.mask import MaskSet
 
 from .fuzz.damage import File, taken
@@ -157,6 +157,16 @@ class TestFolder:
         assert "My words." in card.read_text()
         assert card.read_text().count("maskpack:begin") == 1
         assert len(list(tmp_path.iterdir())) == 3
+
+    def test_replacing_an_adapter_is_not_silent(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        save_adapter(tmp_path / "a", MASKS, BASE, overwrite=False)
+        with pytest.raises(StateError, match="overwrite=True"):
+            save_adapter(tmp_path / "a", random_masks(SHAPES, 0.5), BASE, overwrite=False)
+        assert read_adapter(tmp_path / "a").parts().masks == MASKS
+        save_adapter(tmp_path / "a", MASKS, BASE, overwrite=True)
+        assert not caplog.records
+        save_adapter(tmp_path / "a", MASKS, BASE)
+        assert [one.levelname for one in caplog.records] == ["WARNING"]
 
     def test_refused_adapter_leaves_the_old_one(self, tmp_path: Path) -> None:
         save_adapter(tmp_path, MASKS, BASE)

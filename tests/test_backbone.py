@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from maskpack.backbone.fingerprint import check_fingerprint, fingerprint
-from maskpack.backbone.load import Backbone, load_backbone
+from maskpack.backbone.load import Backbone, load_backbone, load_tensors
 from maskpack.backbone.model import Embedding, aliases, body, find_head, unwrap
 from maskpack.backbone.select import select_parameters
 from maskpack.errors import BackboneError, BackboneMismatchError, ConfigError, SelectionError, UnknownNameError
@@ -214,6 +214,18 @@ def test_weights_are_loaded_strictly(tmp_path: Path) -> None:
     save_file({"0.weight": torch.ones(3, 2), "1.bias": torch.ones(2)}, tmp_path / "w.safetensors")
     with pytest.raises(BackboneError, match=r"1 missing \['0.bias'\], 1 unexpected \['1.bias'\], 1 of another shape"):
         load_backbone(f"{path}:net", weights=tmp_path / "w.safetensors")
+
+
+def test_weights_may_have_the_prefix_of_the_model_that_was_saved() -> None:
+    body, named = nn.Linear(2, 1), {"weight": torch.ones(1, 2), "net.bias": torch.ones(1)}
+    body.base_model_prefix = "net"  # type: ignore[assignment]
+    whole = nn.ModuleDict({"net": nn.Linear(2, 1)})
+    whole.base_model_prefix = "net"  # type: ignore[assignment]
+    for model in (body, whole):
+        load_tensors(model, named, "file")
+        assert all(bool((one == 1).all()) for one in model.parameters())
+        with pytest.raises(BackboneError, match="1 unexpected"):
+            load_tensors(model, named | {"net.weight": torch.ones(1, 2)}, "file")
 
 
 def test_weights_may_have_a_head_for_other_classes(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_new_card(tmp_path: Path) -> None:
         "maskpack pull user/name",
         "`timm/resnet18.a1_in1k` at revision `aaaa",
         "Data: `uoft-cs/cifar100` of the Hugging Face Hub (examples: train 45,000).",
-        "| accuracy | 0.91 |",
+        "| accuracy | 91.00 % |",
         "a\\_b, c",
         "| default | 1 | 12 |",
         what["mask_id"],

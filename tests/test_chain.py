@@ -68,6 +68,8 @@ def test_a_chain_is_one_patch(states: list[nn.Module], chain: list[Adapter], tmp
     last = patch(tmp_path / "back", states[3], states[0])
     with pytest.raises(StateError, match="undo each other"):
         squash_adapters([*chain, last], tmp_path / "none", states[0])
+    with pytest.raises(StateError, match="no patch"):
+        squash_adapters([make_adapter(tmp_path / "mask", states[0])], tmp_path / "none", states[0])
     load_mask(model, [*chain, last])  # a run may go back to where it was
     assert same(bits(model), before)
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from maskpack.backbone.fingerprint import tensor_digest
 from maskpack.errors import StateError
-from maskpack.safetensors_io import SEAL, UNSEALED, Blob, read_tensors, write_tensors
+from maskpack.safetensors_io import SEAL, UNSEALED, read_tensors, write_tensors
 from maskpack.training.data.base import load_data
 from maskpack.training.learn import borrowed
 from maskpack.training.loop import Position
@@ -20,7 +21,6 @@ from maskpack.training.run_folder import (
     DIGESTS,
     FILE,
     RunFolder,
-    _digest,
     load_checkpoint,
     read_sealed,
     take_over,
@@ -165,9 +165,9 @@ def test_facts_that_are_missing_or_of_another_kind(resume: tuple[Path, Callable[
 
 def rewrite(path: Path, tensors: dict[str, torch.Tensor], text: torch.Tensor) -> None:
     """Write a file with right digests whose facts are any bytes."""
-    blobs = [Blob.of(name, one) for name, one in {**tensors, "facts": text}.items()]
-    digests = json.dumps({blob.name: _digest(*blob.data) for blob in blobs})
-    write_tensors(path, blobs, {DIGESTS: digests, SEAL: UNSEALED})
+    tensors = {**tensors, "facts": text}
+    digests = json.dumps({name: tensor_digest(one, one.dtype).hex() for name, one in tensors.items()})
+    write_tensors(path, tensors, {DIGESTS: digests, SEAL: UNSEALED})
 
 
 def test_a_file_without_digests_is_no_checkpoint(resume: tuple[Path, Callable[[], None]], tmp_path: Path) -> None:

@@ -370,6 +370,15 @@ def test_addresses_are_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "".join(line[7:].strip() for line in out.getvalue().splitlines()[1:]) == "https://example.org/a-long-address"
 
 
+def test_numbers_are_not_cut_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(console, "Console", lambda **_: Console(width=30))
+    row = {"name": "a", "bytes": 123_456_789}
+    console.table([row], row)
+    assert capsys.readouterr().out.splitlines()[1] == "a     123,456,789"
+    console.table([{**row, "steps": 12_345_678, "share": 0.5}], [*row, "steps", "share"], share="of all")
+    assert capsys.readouterr().out == "a\n  bytes: 123,456,789\n  steps: 12,345,678\n  of all: 0.5000\n"
+
+
 def test_list_plug_ins() -> None:
     assert "threshold" in [row["method"] for row in ok("list", "methods")["methods"]]
     assert {"raw", "zstd"} <= {row["codec"] for row in ok("list", "codecs")["codecs"]}
@@ -444,6 +453,11 @@ def test_base_is_a_file_that_was_used_here_before_never_one_that_the_adapter_nam
     result = run("predict", adapter, image)
     assert result.exit_code == 1
     assert "base 'digits_backbone:digits_cnn' cannot be fetched by its name; give it with --backbone" in result.stderr
+    other = [*BACKBONE[:-1], "1"]
+    assert run("predict", adapter, image, *other).exit_code == 1
+    assert run("predict", adapter, image).exit_code == 1, "what was not the base is not remembered"
+    ok("eval", adapter, "--data", "digits:5-9", *BACKBONE)
+    ok("predict", adapter, image)
 
 
 def test_predict_a_folder(adapter: Path, image: Path) -> None:
@@ -514,18 +528,19 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_interrupt_ends_with_130_and_can_be_resumed(tmp_path: Path) -> None:
-    long = [*TRAIN[:-4], "--epochs", "200", "--labels-fraction", "0.3", "--output", tmp_path]
-    checkpoint = tmp_path / "training/checkpoint.safetensors"
+def test_interrupt_in_the_first_epoch_ends_with_130_and_can_be_resumed(tmp_path: Path) -> None:
+    long = [*TRAIN[:-4], "--epochs", "200", "--batch-size", "2", "--output", tmp_path]
+    checkpoint, log = tmp_path / "training/checkpoint.safetensors", tmp_path / "training/log.jsonl"
     with Forked(command(*long)) as process:
         until = time.monotonic() + 120
-        while not checkpoint.exists() and time.monotonic() < until:
-            time.sleep(0.02)
+        while time.monotonic() < until and not (log.exists() and log.read_text()):
+            time.sleep(0.005)
         os.kill(process.pid, signal.SIGINT)
         code, _, errors = process.ended()
     assert code == 130
     assert re.search(r"Interrupted\. .*--resume.* checkpoint in .*training\.\n$", errors)
     assert "Traceback" not in errors
+    assert '"epoch"' not in {line["event"] for line in map(json.loads, log.read_text().splitlines())}
     assert checkpoint.exists()
     assert not (tmp_path / "maskpack_model.safetensors").exists()
 

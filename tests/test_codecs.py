@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskpack.codecs import base as streams
-from maskpack.codecs.base import CODECS, PROFILES, Bits, Codec, Side
+from maskpack.codecs.base import CODECS, PROFILES, Bits, Codec, Side, words_of
 from maskpack.codecs.choose import _hopeless, rivals, smallest
 from maskpack.codecs.classes import weight_classes
 from maskpack.codecs.raw import Raw
@@ -244,3 +244,9 @@ def test_of_large_masks_only_what_may_win_is_tried(kind: str) -> None:
     assert found.codec.id == (kind if kind != "gap" else "logit")
     # of the others it is the best, or takes a fifth more than it
     assert _hopeless(CODECS["gap"](), bits, side.shape, len(found.payload)) == (kind == "logit")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_words_of_one_number_that_was_expanded(dtype: torch.dtype) -> None:
+    one = torch.full((), 1.5, dtype=dtype)
+    assert words_of(one.expand(1)).tolist() == words_of(one.reshape(1)).tolist()

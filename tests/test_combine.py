@@ -257,7 +257,7 @@ def test_refuses_several_sets_and_values(folder: Path, tiny: nn.Module) -> None:
     [
         (["and", "./a"], "'and' takes 2 or more mask sets, got 1"),
         (["not", "./a", "./b"], "'not' takes exactly 1 mask set, got 2"),
-        (["k-of-n", "./a", "./b"], "k goes with 'k-of-n' and with no other operation, got None"),
+        (["k-of-n", "./a", "./b"], "k goes with 'k-of-n' and with no other operation, got none"),
         (["k-of-n", "./a", "./b", "-k", "3"], "k must be from 1 to 2, the number of mask sets; got 3"),
         (["weighted", "./a", "./b", "--weight", "1"], "a weighted vote needs a finite weight from 0 for each of the 2"),
         (["or", "./a", "./b", "--weight", "1"], "weights go with 'weighted' and with no other operation"),

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import shutil
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,27 @@ import pytest
 import torch
 
 import maskpack
+import maskpack.lab
 import maskpack.training
 from maskpack import Backbone, MaskSet, fingerprint, save_adapter
 from maskpack.backbone.load import export_state
 from maskpack.backbone.model import Embedding, Head
+from maskpack.lab import Evaluations, read_networks
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training import load_data
 
 from .conftest import TinyNet
 from .helpers_cascade import SETS, cascade_parts
+from .helpers_cli import FACTORY
 from .helpers_hub_fixtures import hub as hub
 from .helpers_hub_fixtures import waits as waits
 from .helpers_hub_server import WRITE_TOKEN, HubServer
 from .helpers_models import make_adapter, random_masks
 
+TRAINS = ("train_", "compare", "feature_reuse", "from_checkpoints")
 PUBLIC = [
-    pytest.param(module, name, marks=[pytest.mark.slow] if name.startswith("train_") else [])
-    for module in ("maskpack", "maskpack.training")
+    pytest.param(module, name, marks=[pytest.mark.slow] if name.startswith(TRAINS) else [])
+    for module in ("maskpack", "maskpack.training", "maskpack.lab")
     for name in importlib.import_module(module).__all__
     if name != "__version__"
 ]
@@ -66,10 +71,15 @@ def test_example(
         for flower in ("rose", "daisy"):
             Image.new("RGB", (40, 30)).save(f"{flower}.jpg")
     export_state(tmp_path / "base.safetensors", tiny)
+    if "backbone.py" in code:
+        shutil.copyfile(FACTORY, tmp_path / "backbone.py")
+        digits = maskpack.load_backbone("backbone.py:digits_cnn", random_weights=0)
+        export_state(tmp_path / "backbone.safetensors", digits.model)
     given: dict[str, Any] = {
         **{one: getattr(maskpack, one) for one in maskpack.__all__},
         **{one: getattr(maskpack.training, one) for one in maskpack.training.__all__},
-        **{"torch": torch, "Embedding": Embedding, "Head": Head, "ImagePreprocess": ImagePreprocess},
+        **{one: getattr(maskpack.lab, one) for one in maskpack.lab.__all__},
+        **{"torch": torch, "Path": Path, "Embedding": Embedding, "Head": Head, "ImagePreprocess": ImagePreprocess},
         **{"Network": TinyNet, "model": tiny, "images": torch.rand(2, 3, 8, 8), "masks": random_masks(tiny)},
         **{one: random_masks(tiny, seed) for seed, one in enumerate(("first", "second", "third"))},
         "adapter": maskpack.load_adapter(tmp_path / "my-mask"),
@@ -77,6 +87,12 @@ def test_example(
     }
     if re.search(r"\bdata\b", code):
         given["data"] = load_data("digits:0-1")
+    if re.search(r"\b(networks|evaluations)\b", code):
+        export_state(tmp_path / "tuned.safetensors", tiny)
+        both = [(one, "tuned.safetensors") for one in ("first", "second")]
+        given["backbone"], given["classifier"], given["networks"] = read_networks(given["backbone"], both)
+        given["data"] = load_data("digits:0-1")
+        given["evaluations"] = Evaluations(given["classifier"], given["backbone"], given["data"])
     exec(compile(code.replace("user/", "alice/"), name, "exec"), given)
     assert isinstance(given["masks"], MaskSet)
 

@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             r"bytes, test accuracy (.|\n)*true \w+: where",
         ),
         ("own_loop.py --model encoder --data questions --steps 20", "computes what was trained: "),
-        ("many_tasks.py --steps 10", r"low: accuracy(.|\n)*high: predicted \d, true \d\n[\d,]+ bytes in memory"),
+        ("many_tasks.py --steps 10", r"middle: accuracy(.|\n)*most: predicted \d, true \d\n[\d,]+ bytes in memory"),
     ],
     ids=lambda words: words.split(".")[0],
 )

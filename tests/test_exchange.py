@@ -259,8 +259,8 @@ def test_killed_writers_and_readers_lose_nothing(tmp_path: Path) -> None:
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A bucket of a real S3 server on this machine."""
-    server = pytest.importorskip("moto.server", reason="S3 is tested against moto: pip install 'moto[s3,server]' s3fs")
-    s3fs = pytest.importorskip("s3fs", reason="S3 is tested through s3fs: pip install s3fs")
+    server = pytest.importorskip("moto.server", reason="S3 is tested by `make s3`")
+    s3fs = pytest.importorskip("s3fs", reason="S3 is tested by `make s3`")
     running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     running.start()
     try:

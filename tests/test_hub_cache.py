@@ -118,6 +118,8 @@ import sys, time
 from pathlib import Path
 from maskpack.hub.pull import pull
 def killed(self, content, write=Path.write_bytes):
+    if self.parent.name != "output":
+        return write(self, content)
     write(self, content[:1000])
     print("writing", flush=True)
     time.sleep(60)

@@ -9,10 +9,10 @@ import torch
 from packaging.version import Version
 from torch import nn
 
-from maskpack import load_mask
+from maskpack import fingerprint, load_mask, save_adapter, unload_mask
 from maskpack.errors import StateError
 from maskpack.training import attach_scores, extract_parts
-from maskpack.training.scores import scored_weights
+from maskpack.training.scores import scored_models, scored_weights
 
 from .helpers_loops import CASES, bare_bert, numbered, tokens
 from .helpers_models import bits, random_masks, same
@@ -47,7 +47,7 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 def trainer(model: nn.Module, output: Path, callbacks: list[Any], **options: Any) -> Any:
-    given = {"max_steps": 6, "save_steps": 3, "logging_steps": 2, "learning_rate": 0.3, "weight_decay": 0.1}
+    given = {"max_steps": 6, "save_steps": 3, "logging_steps": 2, "learning_rate": 0.6, "weight_decay": 0.1}
     arguments = transformers.TrainingArguments(
         output, per_device_train_batch_size=8, report_to=[], disable_tqdm=True, use_cpu=True, **given, **options
     )
@@ -70,7 +70,9 @@ def test_a_trainer_goes_on_with_the_same_scores(with_callback: bool, folder: Pat
     # before 5.8 Trainer saves the norms of BERT under old names, and does not find them again
     train = ["norms"] if Version(transformers.__version__) >= Version("5.8") else []
     model = model_with_scores(folder, train=train)
-    before = bits(model)
+    before, told = bits(model), list[tuple[float, int]]()
+    shared = scored_models(model)[0]
+    model.register_forward_hook(lambda *_: told.append((shared.progress, shared.batch_size)))
     run = trainer(model, tmp_path / "run", callbacks())
     run.train()
     other = model_with_scores(folder, train=train)
@@ -88,10 +90,37 @@ def test_a_trainer_goes_on_with_the_same_scores(with_callback: bool, folder: Pat
         merged = type(model).from_pretrained(tmp_path / "run/checkpoint-6").eval()  # type: ignore[attr-defined]
         assert torch.equal(merged(**batch).logits, expected)
         return
+    assert told[:6] == [(step / 6, 8) for step in range(6)]
     assert all(0 < one["density"] <= 1 for one in run.state.log_history if "density" in one)
     assert sum("density" in one for one in run.state.log_history) >= 3
+    assert run.state.log_history[-1]["density"] < 1
     extract_parts(model)
     assert torch.equal(load_mask(model, tmp_path / "adapter")(**batch).logits, expected)
+
+
+def test_sentence_transformers_trains_masks(folder: Path, tmp_path: Path) -> None:
+    library, losses = map(pytest.importorskip, ("sentence_transformers", "sentence_transformers.losses"))
+    datasets = pytest.importorskip("datasets")
+    from maskpack.integrations.transformers import MaskCallback
+
+    torch.manual_seed(0)
+    case = CASES["retrieval"](folder)
+    base = bits(case.model)
+    attach_scores(case.model, top=0.5)
+    pairs = datasets.Dataset.from_dict({"anchor": ["a b", "c d"] * 8, "positive": ["b a", "d c"] * 8})
+    given: dict[str, Any] = {"max_steps": 4, "learning_rate": 0.6, "save_strategy": "no", "report_to": []}
+    library.SentenceTransformerTrainer(
+        case.model,
+        library.SentenceTransformerTrainingArguments(str(tmp_path / "run"), use_cpu=True, disable_tqdm=True, **given),
+        train_dataset=pairs,
+        loss=losses.MultipleNegativesRankingLoss(case.model),
+        callbacks=[MaskCallback(tmp_path / "adapter")],
+    ).train()
+    expected = case.model.eval().encode("a b c")  # type: ignore[operator]
+    extract_parts(case.model)
+    assert same(bits(case.model), base)
+    assert not (case.model.encode("a b c") == expected).all()  # type: ignore[operator]
+    assert (load_mask(case.model, tmp_path / "adapter").encode("a b c") == expected).all()  # type: ignore[operator]
 
 
 def test_scores_do_not_decay(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -169,6 +198,11 @@ def test_peft_trains_saves_and_reads_masks(options: dict[str, Any], folder: Path
         assert torch.equal(disabled, ours(**batch).logits)
         load_mask(ours, read_peft(tmp_path / "saved"))
         assert torch.equal(ours(**batch).logits, expected)
+        saved, scores = (
+            tmp_path / "saved/adapter_model.safetensors",
+            (one for one in model.parameters() if one.requires_grad),
+        )
+        assert saved.stat().st_size < sum(one.nbytes for one in scores), "masks are packed"
 
 
 def test_peft_merges_and_has_several_masks(folder: Path) -> None:
@@ -189,28 +223,38 @@ def test_peft_merges_and_has_several_masks(folder: Path) -> None:
     assert torch.equal(model(**batch).logits, first)
 
 
+def tokenizer_of_letters() -> Any:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(97, 123))]
+    return transformers.BertTokenizerFast(vocab=numbered(words), eos_token="[SEP]")
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL's, about names of transformers
-def test_trl_trains_masks(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_peft", [True, False])
+def test_trl_trains_masks(by_peft: bool, folder: Path, tmp_path: Path) -> None:
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     from maskpack.integrations.peft import MaskConfig, read_peft
+    from maskpack.integrations.transformers import MaskCallback
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(97, 123))]
-    tokenizer = transformers.BertTokenizerFast(vocab=numbered(words), eos_token="[SEP]")
     torch.manual_seed(0)
     model = CASES["language_model"](folder).model
     base = copy.deepcopy(model).eval()
     data = datasets.Dataset.from_dict({"text": ["a b c d", "d c b a", "a a b b"] * 4})
     given: dict[str, Any] = {"max_steps": 4, "learning_rate": 1.0, "report_to": [], "use_cpu": True, "bf16": False}
     arguments = trl.SFTConfig(str(tmp_path / "run"), save_strategy="no", disable_tqdm=True, **given)
-    run = trl.SFTTrainer(
-        model, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=MaskConfig(top=0.5)
-    )
+    if by_peft:
+        how: dict[str, Any] = {"peft_config": MaskConfig(top=0.5)}
+    else:
+        attach_scores(model, top=0.5)
+        how = {"callbacks": [MaskCallback(tmp_path / "adapter")]}
+    run = trl.SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer_of_letters(), **how)
     run.train()
-    run.save_model(str(tmp_path / "saved"))
     batch = {"input_ids": tokens(2, 8)}
     expected = run.model.eval()(**batch).logits
     assert not torch.equal(expected, base(**batch).logits)
-    assert torch.equal(load_mask(base, read_peft(tmp_path / "saved"))(**batch).logits, expected)
+    if by_peft:
+        run.save_model(str(tmp_path / "saved"))
+    ref = read_peft(tmp_path / "saved") if by_peft else tmp_path / "adapter"
+    assert torch.equal(load_mask(base, ref)(**batch).logits, expected)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of Lightning's, about names of torch
@@ -270,7 +314,6 @@ def test_peft_refuses_another_base(folder: Path, tmp_path: Path) -> None:
 
 def test_peft_reads_an_adapter_of_ours(folder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    from maskpack import fingerprint, save_adapter
     from maskpack.errors import AdapterError
     from maskpack.integrations.peft import read_peft, write_peft
 
@@ -285,3 +328,31 @@ def test_peft_reads_an_adapter_of_ours(folder: Path, tmp_path: Path) -> None:
     model = model_with_scores(folder)
     with pytest.raises(AdapterError, match="holds more than masks that remove weights or invert signs"):
         write_peft(tmp_path / "more", save_adapter(tmp_path / "head", model))
+
+
+def test_lm_evaluation_harness_measures_masks(folder: Path, tmp_path: Path) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+
+    torch.manual_seed(0)
+    model = CASES["language_model"](folder).model.eval()
+    (tmp_path / "rows.jsonl").write_text('{"text": "a b c d"}\n{"text": "d c b a"}\n')
+    task: dict[str, Any] = {
+        "task": "letters",
+        "output_type": "loglikelihood_rolling",
+        "metric_list": [{"metric": "word_perplexity"}],
+    }
+    task |= {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}}
+    task |= {"test_split": "test", "doc_to_text": "", "doc_to_target": "{{text}}"}
+
+    def measured() -> float:
+        found = lm_eval.simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer_of_letters()), tasks=[task], bootstrap_iters=0
+        )
+        return float(found["results"]["letters"]["word_perplexity,none"])
+
+    base = measured()
+    load_mask(model, save_adapter(tmp_path / "a", random_masks(model), fingerprint(model, id="tests:llama")))
+    assert measured() != base
+    unload_mask(model)
+    assert measured() == base

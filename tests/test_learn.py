@@ -27,6 +27,7 @@ from maskpack.training.trainer import plan_training, train_mask
 
 from .conftest import TinyNet
 
+LANGUAGE = "text-generation"  # the task of a language model
 QUICK = TrainConfig(optimizer="sgd", lr=20.0, steps=8, batch_size=32, augment="none", top=1.0, train=(), bn="adapt")
 
 
@@ -136,8 +137,9 @@ def test_a_score_can_move_far_enough_in_any_number_of_steps(
     assert (rate, small) == ((0.05, 0.1) if steps > 7 else (rate, rate)), "a longer run has no lower rate"
     assert rate >= 0.05
     assert replace(config, lr=0.5).score_lr(steps, 0) == 0.5
-    exact = replace(config, distance=1.1).score_lr(steps, 0)
-    assert sum(exact * learning_rate(config, step, steps) for step in range(steps)) == pytest.approx(1.1)
+    for given, task, distance in ((1.1, None, 1.1), (1.1, LANGUAGE, 1.1), (None, LANGUAGE, math.sqrt(steps / 15))):
+        exact = replace(config, distance=given).score_lr(steps, 0, task)
+        assert sum(exact * learning_rate(config, step, steps) for step in range(steps)) == pytest.approx(distance)
 
 
 def test_a_head_that_starts_as_the_probe(tiny: nn.Module, digits: Data) -> None:
@@ -295,6 +297,8 @@ def test_defaults_that_follow_from_the_backbone() -> None:
         assert resolved(2_000_000, 0, **given) == (1.0, "freeze")
     assert resolved(2_000_000, 0, objective="self-supervised") == (1.0, "adapt")
     assert resolved(7, 7, top=0.5, bn="freeze") == (0.5, "freeze")
+    assert TrainConfig().resolved(1_000_001, 0, LANGUAGE).top == 0.02
+    assert TrainConfig(method="topk").resolved(1_000_001, 0, LANGUAGE).top == 1.0
 
 
 def test_weights_of_convolutions_are_counted() -> None:

@@ -24,12 +24,12 @@ from maskpack.adapter.edit import convert_adapter
 from maskpack.adapter.read import read_adapter
 from maskpack.adapter.values import Steps
 from maskpack.codecs import native, ulps
-from maskpack.codecs.base import where_ones
+from maskpack.codecs.base import where_ones, words_of
 from maskpack.errors import BackboneMismatchError, CorruptAdapterError, DataError
 from maskpack.importers.base import Imported, exact, import_file
 from maskpack.importers.checkpoint import Largest
 from maskpack.mask import MaskSet
-from maskpack.safetensors_io import Made, open_tensors
+from maskpack.safetensors_io import Made, TensorFile
 
 from .conftest import TinyNet
 from .helpers_cli import BACKBONE
@@ -246,6 +246,10 @@ def test_the_second_reader_reads_stored_values(tiny: nn.Module, tmp_path: Path) 
         assert np.array_equal(dense[f"default/values/{name}"], expected)
 
 
+def test_words_of_a_single_weight() -> None:
+    assert words_of(torch.ones((), dtype=torch.bfloat16).expand(1)).tolist() == [0x3F80]
+
+
 def test_a_patch_needs_the_same_tensors(tiny: nn.Module, tmp_path: Path) -> None:
     file = tmp_path / "tuned.safetensors"
     state = tuned_of(tiny, torch.float32).state_dict()
@@ -269,6 +273,9 @@ def test_a_patch_needs_the_same_tensors(tiny: nn.Module, tmp_path: Path) -> None
         with pytest.raises(DataError) as caught:
             import_file(file, tiny, "checkpoint")
         assert f"1 tensors do not fit: {expected}" in str(caught.value)
+    save_file({"maskpack": torch.zeros(9, dtype=torch.uint8)}, file)
+    with pytest.raises(DataError, match="is an adapter"):
+        import_file(file, tiny, "checkpoint")
     save_file(both, file)
     with pytest.raises(DataError) as caught:
         import_file(file, tiny, "checkpoint")
@@ -315,8 +322,8 @@ def test_command_line(tmp_path: Path) -> None:
     verified = run("verify", out, *BACKBONE)
     assert verified.exit_code == 0, verified.output
     assert run("export", out, *BACKBONE, "--output", dense).exit_code == 0
-    exported = open_tensors(dense)
-    for name, tensor in open_tensors(tuned).items():
+    exported = TensorFile(dense)
+    for name, tensor in TensorFile(tuned).items():
         assert torch.equal(exported[name], tensor)
     refused = run("pack", dense, "--from", "checkpoint", "--backbone", BACKBONE[1], "--output", tmp_path / "x")
     assert refused.exit_code in (0, 1)

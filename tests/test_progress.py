@@ -72,8 +72,7 @@ def test_verbs_say_plain_lines_in_a_pipe(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(progress, "LEAST", 0.0)
     done = CliRunner().invoke(app, [*TRAIN, "--output", str(tmp_path)])
     assert done.exit_code == 0
-    assert "training " in done.stderr
-    assert " of 3, " in done.stderr
+    assert re.search(r"^training.* of 3, ", done.stderr, re.MULTILINE)
     assert not {"\r", "\x1b"} & set(done.stderr)
     quiet = CliRunner().invoke(app, ["verify", str(tmp_path), "--quiet"])
     assert not quiet.stderr
@@ -93,7 +92,7 @@ def test_a_bar_counts_what_is_known_and_says_what_is_left(monkeypatch: pytest.Mo
         moved(0, None)
         for step in range(1, 601):
             now[0] += 1
-            moved(step, 1200)
+            moved(step, 1200, "a long name of what is done, " * 5)
             if step % 100 == 50:
                 moved(2, 2)  # an evaluation
     assert "None" not in shown.getvalue()

@@ -218,9 +218,9 @@ def test_a_schedule_goes_on_as_the_longer_one(digits: Data, tmp_path: Path) -> N
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_stops_at_the_next_step(number: signal.Signals, digits: Data, tmp_path: Path) -> None:
-    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1)]
+    before = signal.getsignal(number)
 
     def report(event: Mapping[str, Any]) -> None:
         if event["event"] == "step" and event["step"] == 10:
@@ -229,11 +229,12 @@ def test_a_signal_stops_at_the_next_step(number: signal.Signals, digits: Data, t
     def run(name: str, **options: Any) -> TrainResult:
         return train_mask(dropout_net(), digits, QUICK_CROPS, output=tmp_path / name, **options)
 
-    with pytest.raises(StoppedError, match=f"{number.name} .* step 10 of 16.*resume") as caught:
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else StoppedError) as caught:
         run("cut", report=report)
-    assert caught.value.signal == number
+    if isinstance(caught.value, StoppedError):
+        assert caught.value.signal == number
     assert load_checkpoint(tmp_path / "cut" / FILE)[1]["step"] == 10
-    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1)] == before
+    assert signal.getsignal(number) == before
     same(run("cut", resume=True), run("whole"))
 
 

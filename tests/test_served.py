@@ -3,6 +3,7 @@
 import importlib
 import threading
 from collections.abc import Iterable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from maskpack import MaskSet, fingerprint, load_mask, push, save_adapter, unload_mask
 from maskpack.adapter.content import About, Parts
 from maskpack.backbone.model import named_parameters
-from maskpack.errors import BackboneMismatchError, StateError
+from maskpack.errors import BackboneMismatchError, ConfigError, StateError
+from maskpack.runtime.serve import switch_server
 from maskpack.runtime.served import Served
 from maskpack.safetensors_io import write_tensors
 
@@ -278,3 +280,25 @@ def test_the_loader_for_sglang(
         switch(rank, [(str(ref), torch.zeros(1))])
         assert same([rank], wanted)
     assert "nothing does not exist" in caplog.text
+
+
+class Page(BaseHTTPRequestHandler):
+    """Answers every call with a page."""
+
+    def do_POST(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<html>")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_server_that_is_no_vllm() -> None:
+    for handler, what in ((Page, "<html>"), (BaseHTTPRequestHandler, "Unsupported method")):
+        with HTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.handle_request, daemon=True).start()
+            with pytest.raises(StateError, match=f"{what}.*VLLM_SERVER_DEV_MODE"):
+                switch_server(f"http://127.0.0.1:{server.server_port}", None)
+    with pytest.raises(ConfigError, match="'localhost:8000', expected its URL"):
+        switch_server("localhost:8000", None)

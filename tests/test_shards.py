@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from maskpack.backbone.load import load_backbone, load_weights
 from maskpack.errors import BackboneError, DataError
 from maskpack.importers.base import import_masks
-from maskpack.safetensors_io import MAX_INDEX, open_tensors, read_tensors, write_tensors
+from maskpack.safetensors_io import MAX_INDEX, TensorFile, read_tensors, write_tensors
 
 from .conftest import TinyNet
 from .helpers_models import shard
@@ -41,11 +41,11 @@ def changed(folder: Path, **members: Any) -> Path:
 
 def test_read_by_folder_and_by_index(folder: Path, tiny: nn.Module) -> None:
     for path in (folder, folder / INDEX):
-        for found in (read_tensors(path), open_tensors(path)):
+        for found in (read_tensors(path), TensorFile(path)):
             assert found.keys() == tiny.state_dict().keys()
             assert all(torch.equal(found[name], tensor) for name, tensor in tiny.state_dict().items())
-    assert list(open_tensors(folder)) == sorted(tiny.state_dict())
-    assert open_tensors(folder).shapes["conv2.weight"] == (16, 8, 3, 3)
+    assert list(TensorFile(folder)) == sorted(tiny.state_dict())
+    assert TensorFile(folder).shapes["conv2.weight"] == (16, 8, 3, 3)
 
 
 def test_a_model_loads_them(folder: Path, tiny: nn.Module) -> None:
@@ -67,7 +67,7 @@ def test_a_tied_tensor_is_under_one_of_its_names(tmp_path: Path) -> None:
 
     model = Tied()
     written = shard(tmp_path / "tied", model.state_dict(), "1KB")
-    assert len(open_tensors(written)) == 3
+    assert len(TensorFile(written)) == 3
     other = Tied()
     load_weights(other, written)
     assert torch.equal(other.output.weight, model.output.weight)
@@ -118,16 +118,16 @@ def test_folders_that_have_none_or_several(folder: Path, tmp_path: Path) -> None
     with pytest.raises(
         DataError, match=r"has 2 checkpoints \(a\.safetensors, b\.safetensors\), .* give the file or the"
     ):
-        open_tensors(tmp_path)
+        TensorFile(tmp_path)
     write_tensors(folder / "consolidated.safetensors", {"a": torch.ones(2)}, {})
-    assert "a" not in open_tensors(folder)
+    assert "a" not in TensorFile(folder)
     write_tensors(folder / "model.safetensors", {"a": torch.ones(2)}, {})
     with pytest.raises(DataError, match=r"has 2 checkpoints \(model\.safetensors\.index\.json, model\.safetensors\)"):
-        open_tensors(folder)
-    assert "a" not in open_tensors(folder / INDEX)
+        TensorFile(folder)
+    assert "a" not in TensorFile(folder / INDEX)
 
 
-@pytest.mark.parametrize("read", [read_tensors, open_tensors], ids=["whole", "tensor by tensor"])
+@pytest.mark.parametrize("read", [read_tensors, TensorFile], ids=["whole", "tensor by tensor"])
 def test_missing_shards_and_tensors(folder: Path, read: Any) -> None:
     where = json.loads((folder / INDEX).read_text())["weight_map"]
     places = list(where.values())
@@ -188,10 +188,10 @@ def test_an_index_that_is_absent_or_huge(tmp_path: Path) -> None:
 def test_an_index_of_the_greatest_size_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = (folder / INDEX).stat().st_size
     monkeypatch.setattr("maskpack.safetensors_io.MAX_INDEX", size)
-    assert "conv1.weight" in open_tensors(folder)
+    assert "conv1.weight" in TensorFile(folder)
     monkeypatch.setattr("maskpack.safetensors_io.MAX_INDEX", size - 1)
     with pytest.raises(DataError, match=f"{size} bytes"):
-        open_tensors(folder)
+        TensorFile(folder)
 
 
 def test_the_first_tensor_by_name_is_named(folder: Path) -> None:
@@ -204,4 +204,4 @@ def test_a_damaged_shard_is_named(folder: Path) -> None:
     victim = sorted(folder.glob("*.safetensors"))[1]
     victim.write_bytes(victim.read_bytes()[:100])
     with pytest.raises(DataError, match=f"cannot read .*{victim.name} as a safetensors file"):
-        open_tensors(folder)
+        TensorFile(folder)

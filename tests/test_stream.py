@@ -330,7 +330,7 @@ PEAKS = f"""
 import os, sys, torch
 from maskpack import load_mask, load_masked
 from maskpack.backbone.load import load_weights
-from maskpack.safetensors_io import open_tensors
+from maskpack.safetensors_io import TensorFile
 
 def model():
     return torch.nn.Sequential(*(torch.nn.Linear({SIDE}, {SIDE}, bias=False) for _ in range({LAYERS})))
@@ -340,7 +340,7 @@ def on_meta():
         return model()
 
 def base_alone():
-    files = open_tensors(base)
+    files = TensorFile(base)
     whole = on_meta()
     whole.load_state_dict({{n: files[n].clone() for n in files}}, assign=True)
     return whole

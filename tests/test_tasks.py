@@ -150,9 +150,16 @@ def test_exact_answers_are_counted_by_their_last_number(world: Path, tmp_path: P
     assert data.train is not None
     share = exact_answers(as_loaded(backbone, adapter), data.train, 12, tokens=12)
     asked = [question for question, _ in SUMS[:12]]
-    given = adapter.generate(backbone.model, asked, tokenizer=backbone.tokenizer, tokens=12, batch_size=5)
+    seen = list[tuple[int, int]]()
+    options: dict[str, Any] = {"tokens": 12, "batch_size": 5, "progress": lambda *one: seen.append(one)}
+    given = adapter.generate(backbone.model, asked, tokenizer=backbone.tokenizer, **options)
+    assert seen == sorted(seen)
+    assert 0 < seen[-1][0] <= seen[-1][1]
     right = [last_number(one) == last_number(answer) for one, (_, answer) in zip(given, SUMS, strict=False)]
     assert share == sum(right) / 12
+    base = ("--backbone", f"hf/{world}/chat", "--data", f"{world}/sums.jsonl", "--split", "train")
+    found = json.loads(call("eval", f"{tmp_path}/m", *base, "--answers", "3", "--json").stdout)
+    assert found["exact_answers"] == exact_answers(as_loaded(backbone, adapter), data.train, 3)
     drawn = [adapter.generate(backbone.model, asked[:1], tokens=4, temperature=2.0) for _ in range(4)]
     assert len({one for (one,) in drawn}) > 1
 

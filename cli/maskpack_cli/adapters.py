@@ -73,7 +73,7 @@ COUNTS = ("hamming", "share", "jaccard", "chance", "both", "first_only", "second
 
 
 def packed(adapter: "maskpack.Adapter", output: Path, **more: Any) -> dict[str, Any]:
-    """Return what there is to say of an adapter with one mask set that was written, with more behind its path."""
+    """Return the description of a written adapter with one mask set; `more` follows its path."""
     whole = maskpack.inspect_adapter(adapter)["sets"]["default"]
     totals = ("parameters", "weights", "density", "payload_bytes", "bits_per_weight")
     return {"adapter": reference(output), **more, **{name: whole[name] for name in totals}, "file_bytes": adapter.size}
@@ -331,9 +331,10 @@ def pack(
 
     def save(path: Path, one: Imported, **said: Any) -> maskpack.Adapter:
         parts = maskpack.Parts(one.masks, statistics=one.statistics, values=one.values)
-        own = options if not said else {**options, "about": About(training={"lossy": said})}
+        own = dict(options) if not said else {**options, "about": About(training={"lossy": said})}
         with progress_bar("Packing") as step:
-            return maskpack.save_adapter(path, parts, base, weights=loaded.model, progress=step, **own)
+            own |= {"weights": loaded.model, "progress": step, "overwrite": True}
+            return maskpack.save_adapter(path, parts, base, **own)
 
     if not less.any:
         adapter = save(output, imported)

@@ -1,4 +1,4 @@
-"""What people see: results on stdout, everything else on stderr, errors without tracebacks."""
+"""Output of the command line: results on stdout, everything else on stderr, errors without tracebacks."""
 
 import gc
 import json
@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from maskpack.errors import ConfigError, MaskpackError, StoppedError, UnknownNameError, escape
 from maskpack.training.progress import FIRST, Lines, Seen, readable
 
+WIDEST = 100_000  # characters of a line where there is no terminal: nothing is folded
 notes = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
@@ -108,6 +109,17 @@ def note(text: str) -> None:
             Output.lines.begin(text)
 
 
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Let the verb's lines say what it does meanwhile."""
+    before = Output.lines.what
+    Output.lines.begin(what)
+    try:
+        yield
+    finally:
+        Output.lines.begin(before)
+
+
 def hint(text: str) -> None:
     """Print a note for people to stderr, unless --quiet or --json."""
     if not Output.json:
@@ -143,21 +155,30 @@ def lines(values: Mapping[str, Any]) -> None:
 def table(rows: Sequence[Mapping[str, Any]], columns: Iterable[str], **titles: str) -> None:
     """Print a table on stdout, numbers to the right; nothing under --json.
 
+    In a terminal that is too narrow for names and numbers each row is printed as lines.
+
     Args:
         columns: keys of the rows. titles: of columns whose key is not the title.
     """
     if Output.json:
         return
     shown, columns = Table(box=None, pad_edge=False, header_style="bold"), list(columns)
+    cells = [[escape(readable(row[column], column)) for column in columns] for row in rows]
+    heads, least = list[str](), 2 * len(columns) - 2
     for i, column in enumerate(columns):
-        title = titles.get(column, column.replace("bits_per_weight", "bits/weight").replace("_", " "))
+        heads.append(titles.get(column, column.replace("bits_per_weight", "bits/weight").replace("_", " ")))
         numbers = bool(rows) and all(row[column] is None or isinstance(row[column], int | float) for row in rows)
+        least += max(map(len, [*escape(heads[i]).split(), *(row[i] for row in cells if numbers or i == 0)]), default=0)
         # an address or a path that does not fit goes on in the next line: cut off it is of no use
-        options: Any = {"justify": "right" if numbers else "left", "no_wrap": not numbers and i == 0}
-        shown.add_column(Text(escape(title)), overflow="fold", **options)
-    for row in rows:
-        shown.add_row(*(Text(escape(readable(row[column], column))) for column in columns))
-    Console(width=None if sys.stdout.isatty() else 160).print(shown)
+        options: Any = {"justify": "right" if numbers else "left", "no_wrap": numbers or i == 0}
+        shown.add_column(Text(escape(heads[i])), overflow="fold", **options)
+    console = Console(width=None if sys.stdout.isatty() else WIDEST)
+    for row in cells:
+        shown.add_row(*map(Text, row))
+        if least > console.width:
+            say(row[0], *(f"  {head}: {text}" for head, text in zip(heads[1:], row[1:], strict=True)))
+    if least <= console.width:
+        console.print(shown)
 
 
 def silent() -> bool:
@@ -202,7 +223,7 @@ def reading(what: str) -> Iterator[None]:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Collect no garbage while libraries are imported: there is none, and the search takes a quarter of the time."""
+    """Turn garbage collection off while libraries are imported, which takes a quarter less time."""
     gc.disable()
     try:
         yield
@@ -212,7 +233,7 @@ def importing() -> Iterator[None]:
 
 @contextmanager
 def heard(verb: str) -> Iterator[None]:
-    """Say in a line now and then what a verb does, where no bar shows it; what takes long need not know of it."""
+    """Print a line now and then with what a verb is doing, where no bar shows it."""
     Output.lines, ended = Lines(note), threading.Event()
     Output.lines.begin(f"{verb} …")
 

@@ -12,7 +12,7 @@ from maskpack import training
 from maskpack.errors import StateError
 from maskpack.training.config import TrainConfig
 
-from .console import app, emit, note, say, table
+from .console import app, emit, note, progress_bar, say, table, training_progress
 from .options import verb
 
 if TYPE_CHECKING:
@@ -34,12 +34,14 @@ def _train_backbone(backbone: "Backbone", data: "Data") -> None:
     batches = loader(data.train, backbone.preprocess, sampler=EpochSampler(len(data.train), 0), augment="crop")
     optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
     model.train()
-    for _ in range(BACKBONE_EPOCHS):
-        for inputs, labels in readable(batches):
-            optimizer.zero_grad()
-            loss = torch.nn.functional.cross_entropy(model(inputs), labels)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+    with progress_bar("training the backbone") as moved:
+        for epoch in range(BACKBONE_EPOCHS):
+            for inputs, labels in readable(batches):
+                optimizer.zero_grad()
+                loss = torch.nn.functional.cross_entropy(model(inputs), labels)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+            moved(epoch + 1, BACKBONE_EPOCHS)
     model.eval().requires_grad_(False)
 
 
@@ -81,7 +83,8 @@ def demo(output: Annotated[Path, "Folder to write; an earlier demo in it is repl
         config = TrainConfig(
             epochs=MASK_EPOCHS, optimizer="sgd", lr=20.0, scale=True, train=(), bn="adapt", warmup=0.2, augment="crop"
         )
-        result = training.train_mask(backbone, new_task, config)
+        with training_progress() as report:
+            result = training.train_mask(backbone, new_task, config, report=report)
     with step("pack"):
         maskpack.save_adapter(output / "adapter", result.parts, result.base, result.about)
     with step("push to a local registry, pull"):

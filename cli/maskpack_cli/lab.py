@@ -304,7 +304,7 @@ def criticality(
 
 @verb(analyze, None, f"maskpack analyze barrier mask=./a mask=./b tuned=c.safetensors {SHARED}")
 def barrier(refs: NetworkRefs, base: AnyBase, measured: Measured, trust: Trust, points: Points = 11) -> None:
-    """Measure what is lost on the straight line between every two networks; BatchNorm statistics are taken anew."""
+    """Measure the loss barrier on the straight line between every two networks; BatchNorm statistics are recomputed."""
     evaluations, networks, _ = measured.open(refs, base, trust)
     with progress_bar("interpolating") as moved:
         result = lab.barriers(evaluations, networks, points, moved)
@@ -392,12 +392,18 @@ def picture(example: str, name: str | None = None) -> Callable[..., Any]:
 def density(refs: Refs, token: Token = None) -> "Figure":
     """Density per layer; adapters of the same NAME are one series, with mean and deviation."""
     from maskpack.adapter.card import parameter_densities
+    from maskpack.lab.figure import label
 
     groups: dict[str, list[dict[str, float]]] = {}
+    totals: list[str] = []
     for name, adapter, one in _sets(refs, token, lambda ref: ""):
         described = maskpack.inspect_adapter(adapter)["sets"][one]
         groups.setdefault(name or "adapters", []).append(dict(parameter_densities(described)))
-    return lab.density_figure(groups)
+        totals.append(f"{adapter.base.id}: {described['kept']:,} of {described['weights']:,} weights kept")
+    figure = lab.density_figure(groups)
+    if len(totals) == 1:
+        figure.suptitle(label(totals[0], 100), fontsize="medium")
+    return figure
 
 
 @picture("scores ./mask --output scores.png")
@@ -465,7 +471,13 @@ def confusion(
     file: Annotated[Path, "JSON file with `confusion`, rows of counts, and `class_names`.", ARGUMENT],
 ) -> "Figure":
     """Which classes are taken for which; `maskpack eval --json` prints the file."""
-    return lab.confusion_figure(*_members(file, "confusion", "class_names"))
+    from maskpack.lab.figure import label
+
+    figure = lab.confusion_figure(*_members(file, "confusion", "class_names"))
+    found = _read(file, (), "")
+    if isinstance(found.get("data"), str):
+        figure.suptitle(label(f"{found['data']}, {found.get('split', 'test')} split"), fontsize="medium")
+    return figure
 
 
 def _sets(

@@ -35,7 +35,7 @@ from maskpack.errors import BackboneError, ConfigError, StateError
 from maskpack.preprocess import TASKS
 from maskpack.training.config import RECIPES, Bytes, read_config
 
-from .console import Output, heard, importing, note, quiet_libraries
+from .console import Output, doing, heard, importing, note, quiet_libraries
 
 if TYPE_CHECKING:
     from maskpack.backbone.load import Backbone
@@ -303,7 +303,7 @@ class Packing(Packed):
 
 @group("Adapter")
 class Trust:
-    """Which adapters are accepted."""
+    """Options that say which adapters are accepted."""
 
     require_revision: Annotated[bool, "Refuse what can change: branches, and no revision at all."] = False
     require_signature: Annotated[
@@ -320,7 +320,7 @@ class Trust:
 
 @group("Adapter")
 class Source(Trust):
-    """Which revision of an adapter, and whether it is accepted."""
+    """Options for an adapter's revision, and for whether it is accepted."""
 
     revision: Annotated[str | None, "Branch, tag or commit on the Hub."] = None
 
@@ -351,7 +351,7 @@ def reference(output: Path) -> str:
 
 
 def use_device(name: str | None) -> None:
-    """Let training and evaluation run on a device; None: on a GPU where there is one, unless the environment says."""
+    """Choose the device of training and evaluation; None: the environment's choice, else a GPU where there is one."""
     import torch
 
     if name is None:
@@ -412,15 +412,30 @@ class Base(Weights):
                 )
         size = (adapter.about.preprocess or {}).get("size")
         task = next((one for one in TASKS if one == adapter.about.task), None)
-        backbone = maskpack.load_backbone(
-            reference, weights=weights, random_weights=random, image_size=size, mapped=mapped, task=task
-        )
-        return backbone if mapped else placed(backbone)
+        options: dict[str, Any] = {"weights": weights, "random_weights": random, "image_size": size, "task": task}
+        with doing(f"Loading {reference} …"):
+            backbone = maskpack.load_backbone(reference, mapped=mapped, **options)
+            return backbone if mapped else placed(backbone)
+
+    def loaded(self, adapter: "maskpack.Adapter", **options: Any) -> "Backbone":
+        """Load the backbone and the adapter; later verbs find a backbone that was given, and was the right one."""
+        backbone = self.of(adapter)
+        maskpack.load_mask(backbone.model, adapter, **options)
+        self.remember(adapter)
+        return backbone
+
+    def remember(self, adapter: "maskpack.Adapter") -> None:
+        """Write down that the backbone given is the base of an adapter, which was loaded onto it."""
+        from maskpack.backbone.fingerprint import remember_backbone
+
+        if self.backbone is not None and "float32" in adapter.base.digests:
+            given = {"reference": self.backbone, "weights": self.weights, "random_weights": self.random_weights}
+            remember_backbone(adapter.base.digests["float32"], given)
 
 
 @group("Backbone")
 class AnyBase(Base):
-    """The backbone that an adapter is for, or a backbone alone."""
+    """Options for the backbone of an adapter, or for a backbone alone."""
 
     head: Annotated[str | None, "Of a backbone alone: module that gives the logits, where it is not found."] = None
     image_size: Annotated[int | None, "Of a backbone alone: pixels. Default: its own."] = None
@@ -444,7 +459,7 @@ class AnyBase(Base):
 
 @group("Backbone")
 class PackedBase(Base):
-    """The base, where masks are packed with its weights."""
+    """Options for the base, where masks are packed with its weights."""
 
     backbone: Annotated[str | None, "The adapters' base, where masks are packed with its weights, or are to be."] = None
 
@@ -513,7 +528,7 @@ class Rows(Columns):
 
 @group("Run")
 class Folder:
-    """Where results go, and where settings come from."""
+    """Options for the folder of results and the file of settings."""
 
     output: Annotated[Path, "Folder for the adapter, the checkpoint and the logs."]
     config: Annotated[

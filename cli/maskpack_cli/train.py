@@ -56,7 +56,7 @@ SHARED = "--backbone timm/resnet18.a1_in1k --data ./flowers"
 
 @group("Run")
 class Run(Folder, Packed):
-    """How a training runs."""
+    """Options for how a training runs."""
 
     checkpoint_every: Annotated[str | None, "A time or steps, as in 10min or 500steps. Default: every epoch."] = None
     resume: Annotated[bool, "Continue from the last checkpoint in --output."] = False
@@ -104,7 +104,8 @@ class Run(Folder, Packed):
         from maskpack.backbone.fingerprint import remember_backbone
 
         content = (result.parts, result.base, result.about)
-        adapter = maskpack.save_adapter(self.output, *content, profile=self.profile, weights=model, **options)
+        options |= {"profile": self.profile, "weights": model, "overwrite": True}
+        adapter = maskpack.save_adapter(self.output, *content, **options)
         if backbone is not None:
             remember_backbone(result.base.digests["float32"], backbone.arguments())
         return adapter
@@ -284,7 +285,7 @@ def init(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a settings file for `maskpack train --config`: every option with its default and what it does."""
-    from maskpack.safetensors_io import replacing
+    from maskpack.safetensors_io import write_file
 
     if file.suffix != ".toml":
         raise ConfigError(f"{file} ends in {file.suffix!r}, expected .toml; give the settings this ending")
@@ -305,8 +306,7 @@ def init(
                 flag, default = flag.removesuffix("s"), []
             value = "" if default in (None, MISSING) else f" {json.dumps(default)}"
             lines += ["", *(f"# {line}" for line in wrap(text, 100)), f"#{flag} ={value}"]
-    with replacing(file) as (temporary,):
-        temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    write_file(file, "\n".join([*lines, ""]))
     emit({"file": str(file)}, f"✓ {file}", {})
     return hint(f"Next: maskpack train --config {shlex.quote(str(file))}")
 

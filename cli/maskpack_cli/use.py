@@ -63,10 +63,8 @@ def predict(ref: Ref, base: Base, trust: Source, files: Files = (), text: Texts 
     if adapter.cascade is not None and mode != "target":
         raise ConfigError(f"--mode is for adapters of `maskpack transfer`, and {ref} is a cascade; leave it out")
     inputs = _inputs(files, text, (adapter.about.preprocess or {}).get("kind") == "text")
-    backbone = base.of(adapter)
+    backbone = base.loaded(adapter, mode=mode) if adapter.cascade is None else base.of(adapter)
     together = None if adapter.cascade is None else maskpack.load_cascade(backbone.model, adapter)
-    if together is None:
-        maskpack.load_mask(backbone.model, adapter, mode=mode)
     hint(f"Adapter: {adapter.pinned}")
     if together is None:
         names = source_classes(adapter) if mode == "source" else None
@@ -96,7 +94,7 @@ def _inputs(files: tuple[str, ...], texts: tuple[str, ...], are_texts: bool) -> 
             try:
                 content = sys.stdin.read() if name == "-" else path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise DataError(f"cannot read the text file {name!r}: {error}") from None
+                raise DataError(f"cannot read {name!r}: {error}; give text in UTF-8, a line each") from None
             found += [line for line in content.splitlines() if line.strip()]
         elif not path.exists():
             more = "; a text itself is given by --text" if are_texts else ""
@@ -126,12 +124,12 @@ def generate(
     import torch
 
     adapter = trust.load(ref)
-    backbone = base.of(adapter)
-    maskpack.load_mask(backbone.model, adapter)
+    backbone = base.loaded(adapter)
     hint(f"Adapter: {adapter.pinned}")
     torch.manual_seed(seed)
     options: dict[str, Any] = {"tokenizer": backbone.tokenizer, "tokens": tokens, "temperature": temperature}
-    texts = adapter.generate(backbone.model, prompt, **options)
+    with progress_bar("generating, tokens", percent=False) as moved:
+        texts = adapter.generate(backbone.model, prompt, progress=moved, **options)
     emit({"generated": [{"prompt": one, "text": text} for one, text in zip(prompt, texts, strict=True)]})
     say(*texts)
 
@@ -154,8 +152,7 @@ def export(
         raise ConfigError(f"--output {output} must end in .safetensors, which is the format that is written")
     check_free(output, overwrite)
     adapter = trust.load(ref)
-    backbone = base.of(adapter)
-    maskpack.load_mask(backbone.model, adapter)
+    backbone = base.loaded(adapter)
     dtype = (
         getattr(torch, adapter.base.dtype) if adapter.base.dtype in CASTS else None
     )  # the file's, of a base that was loaded in float32 in any case
@@ -240,6 +237,8 @@ def evaluate(
     read = training.load_data(data, class_names=names, task=model.task, **vars(columns))
     asked: dict[str, Any] = {"mode": mode, "split": split, "measures": measures, "shares": labels_fraction}
     result = figures(model, adapter, read, **asked, answers=answers, batch_size=batch_size)
+    if adapter is not None:
+        base.remember(adapter)
     emit(result, f"✓ {adapter.pinned if adapter is not None else model.id}")
     tables(result)
 
@@ -307,7 +306,7 @@ def write_report(
     from maskpack import lab
     from maskpack.adapter.signature import describe_signature
     from maskpack.hub.pull import open_adapter
-    from maskpack.safetensors_io import replacing
+    from maskpack.safetensors_io import write_file
 
     file = output or Path(f"{Path(ref.partition('@')[0]).name.removesuffix('.safetensors') or 'adapter'}.html")
     if file.suffix != ".html":
@@ -323,9 +322,7 @@ def write_report(
     options: dict[str, Any] = {"examples": examples, "signature": signature, "batch_size": batch_size}
     with nullcontext() if read is None else reading("evaluating, batches"):
         page = lab.adapter_report(adapter, backbone=backbone, data=read, **options)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as (temporary,):
-        temporary.write_text(page, encoding="utf-8")
+    write_file(file, page)
     emit({"file": str(file), "bytes": file.stat().st_size}, f"✓ {file}")
 
 

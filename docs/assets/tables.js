@@ -1,4 +1,5 @@
-// A click on the head of a table's column sorts its rows; a second one turns the order around.
+// A click on the head of a table's column sorts its rows; a second one turns the order around. An option is one word,
+// and a picture says below what it shows.
 (() => {
   // the first number of a cell ("82.6 ± 1.4", "9,327 (2,091 of masks)", "-.029"), else its text
   const value = (cell) => {
@@ -23,6 +24,14 @@
     body.append(...rows.map(([row]) => row));
   };
   const prepare = () => {
+    for (const code of document.querySelectorAll("article :not(pre) > code"))
+      if (/^(-\S+|[A-Z_]+)$/.test(code.textContent)) code.classList.add("option");
+    for (const image of document.querySelectorAll("article p > img:only-child")) {
+      const said = document.createElement("p");
+      said.className = "caption";
+      said.textContent = image.alt;
+      if (!image.parentElement.nextElementSibling?.matches(".caption")) image.parentElement.after(said);
+    }
     for (const head of document.querySelectorAll("article table thead th")) {
       const body = head.closest("table").tBodies[0];
       if (head.dataset.sorts || !body || body.rows.length < 3) continue;

@@ -1,7 +1,7 @@
 """A Gradio app that switches masks on one model.
 
 MASKPACK_BACKBONE, MASKPACK_WEIGHTS and MASKPACK_MASKS (NAME=REFERENCE, joined by commas) say which; without them it is
-the digits network of `maskpack demo`, which is made at the first start.
+the digits network of `maskpack demo` with two masks, which are made at the first start.
 """
 
 import os
@@ -15,13 +15,17 @@ import gradio
 
 from maskpack import MaskBank, load_adapter, load_backbone
 
-if not os.environ.get("MASKPACK_BACKBONE") and not Path("demo-output/adapter").is_dir():
-    subprocess.run([sys.executable, "-m", "maskpack_cli.main", "demo"], check=True)
-BACKBONE = os.environ.get("MASKPACK_BACKBONE", "demo-output/backbone.py:digits_cnn")
-WEIGHTS = os.environ.get(
-    "MASKPACK_WEIGHTS", None if "MASKPACK_BACKBONE" in os.environ else "demo-output/backbone.safetensors"
-)
-MASKS = os.environ.get("MASKPACK_MASKS", "digits 5-9=./demo-output/adapter")
+BACKBONE, WEIGHTS = os.environ.get("MASKPACK_BACKBONE"), os.environ.get("MASKPACK_WEIGHTS")
+MASKS = os.environ.get("MASKPACK_MASKS", "digits 5-9=./demo-output/adapter,digits 3-9=./demo-output/digits-3-9")
+if not BACKBONE:
+    BACKBONE, WEIGHTS = "demo-output/backbone.py:digits_cnn", "demo-output/backbone.safetensors"
+    maskpack = [sys.executable, "-m", "maskpack_cli.main"]
+    if not Path("demo-output/adapter").is_dir():
+        subprocess.run([*maskpack, "demo"], check=True)
+    if not Path("demo-output/digits-3-9").is_dir():
+        base = ["--backbone", BACKBONE, "--weights", WEIGHTS]
+        second = [*base, "--data", "digits:3-9", "--steps", "200", "--output", "demo-output/digits-3-9"]
+        subprocess.run([*maskpack, "train", *second], check=True)
 
 bank = MaskBank(load_backbone(BACKBONE, weights=WEIGHTS).model.eval())
 adapters = {name: load_adapter(ref) for name, ref in (one.split("=", 1) for one in MASKS.split(","))}
@@ -48,7 +52,7 @@ app = gradio.Interface(
     classify,
     [
         gradio.Dropdown(list(adapters), value=next(iter(adapters)), label="mask"),
-        gradio.Image(type="pil", label="image"),
+        gradio.Image(type="pil", label="image", height=240),
     ],
     [gradio.Label(label="prediction"), gradio.Textbox(label="what it took")],
     title="One model, many masks",

@@ -245,7 +245,10 @@ def _body(description: Mapping[str, Any], repo_id: str | None) -> Iterator[str]:
             span = f"{low[1]:.4f} in every one"
         yield f"{where}ensity of the {len(layers)} masked parameters: {span}.\n"
     if results := metrics(record):
-        rows = [[escape(key, "markdown"), f"{value:.4g}"] for key, value in results.items()]
+        shares = {key: f"{100 * value:.2f} %" for key, value in results.items() if "accuracy" in key}
+        gains = [key for key in results if f"{key.partition('_over_')[0]}_accuracy" in shares]
+        shares |= {key: f"{100 * results[key]:+.2f} points" for key in gains}
+        rows = [[escape(key, "markdown"), shares.get(key, f"{value:.4g}")] for key, value in results.items()]
         yield f"## Results\n\n{_table(('result', 'value'), rows)}"
         yield from _worth(results, record, sum(one["payload_bytes"] for one in sets.values()))
     yield from _combined(member(record, "combined"))

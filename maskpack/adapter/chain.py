@@ -8,14 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from ..backbone.model import CASTS, Fingerprint, same_size_int
-from ..backbone.shards import whole
 from ..codecs.base import Profile
 from ..errors import BackboneMismatchError, StateError
 from ..mask import DeviceBits, MaskSet, PackedMask, packed
 from ..safetensors_io import Made
 from ..threads import Progress
 from .content import About, Parts
-from .decode import Weights, by_name
+from .decode import Weights, base_weight, by_name
 from .read import Adapter
 from .values import Steps, at_zeros, put_at_zeros
 from .write import save_adapter
@@ -84,12 +83,7 @@ def merged(chain: Sequence[Adapter], base: Weights) -> Parts:
     held = dict[str, Tensor]()
 
     def make(name: str) -> PackedMask:
-        if name not in weights or tuple(weights[name].shape) != shapes[name]:
-            raise BackboneMismatchError(
-                f"the base given has no {name!r} of shape {shapes[name]}; load {chain[0].base.id}, which the first "
-                f"patch was made for"
-            )
-        first = whole(weights[name]).detach().contiguous()
+        first = base_weight(weights, name, shapes[name]).detach().contiguous()
         found = first.clone()
         for one, parts in zip(chain, links, strict=True):
             if name in parts.masks:
@@ -130,11 +124,15 @@ def squash_adapters(
     Raises:
         StateError, BackboneMismatchError: as of `check_chain`, or if `base` has other weights.
     """
+    for one in chain:
+        if (why := why_no_patch(one)) is not None:
+            raise StateError(f"{one.path} is no patch, and only patches are squashed: it {why}; leave it out")
     parts = merged(chain, base)
     if chain[-1].about.result == chain[0].base.digests:
         raise StateError(f"the {len(chain)} patches undo each other: there is nothing to write")
     about = About(training={"squashed": [one.mask_id for one in chain]}, result=chain[-1].about.result)
-    return save_adapter(path, parts, base_of_chain(chain), about, profile=profile, weights=base, progress=progress)
+    options: dict[str, Any] = {"profile": profile, "weights": base, "progress": progress}
+    return save_adapter(path, parts, base_of_chain(chain), about, overwrite=True, **options)
 
 
 def lineage(adapter: Adapter) -> dict[str, Any]:

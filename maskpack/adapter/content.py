@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Parts:
-    """What an adapter holds of one mask set: the masks and the tensors beside them.
+    """One mask set of an adapter: its masks, and the tensors stored with them (head, statistics, parameters).
 
     Attributes:
         masks: by parameter name.
@@ -89,7 +89,7 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What an adapter says of itself beside its tensors; None where it says nothing.
+    """Description of an adapter: task, classes, preprocessing, training record; None where a field is unknown.
 
     Attributes:
         task: the Hub's name of what the network does, as in "image-classification".
@@ -109,7 +109,7 @@ class About:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Learned:
-    """What a model learned, and the base that it learned on, whose tensors `weights` has by name.
+    """Result of training a model: the learned parts, the base's fingerprint and the base's tensors by name (`weights`).
 
     Of several processes that share the model all have it, and one `writes` it.
     """
@@ -128,7 +128,7 @@ LEARNING: WeakKeyDictionary[nn.Module, Callable[[nn.Module, str | None], Learned
 
 
 class Figure(NamedTuple):
-    """How well a network does its task: `sign` 1 if greater is better, else -1; what it is compared with, in words."""
+    """A measure of quality: `sign` is 1 if greater is better, else -1; `baseline` names what it is compared with."""
 
     sign: int
     baseline: str
@@ -150,7 +150,7 @@ COMBINES: tuple[Combine, ...] = ("conditional", "unconditional")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Whitening:
-    """Principal components: mean (D,), directions (F, D), and standard deviations along them (F,), above 0."""
+    """Principal components: mean (D,), directions (F, D), and standard deviations along them (F,), all above 0."""
 
     mean: Tensor
     components: Tensor
@@ -165,7 +165,7 @@ class Whitening:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Router:
-    """A Gaussian mixture over whitened embeddings; an embedding goes to the component that most likely made it.
+    """Router of a cascade: a Gaussian mixture over whitened embeddings, one component for each expert.
 
     Attributes:
         whitening: of embeddings divided by their Euclidean norm, D to q coordinates.
@@ -207,7 +207,7 @@ class Router:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cascade:
-    """How mask sets work together: a dispatcher's embedding says which expert embeds the input once more.
+    """A cascade of mask sets: the dispatcher's embedding decides which expert embeds the input once more.
 
     The combined embedding is [D, E1, …, EK], of the dispatcher and every expert, (K + 1) times as long as one.
 

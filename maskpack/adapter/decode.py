@@ -1,4 +1,4 @@
-"""One payload -> one mask's bits, with the base's weights where the codec wants them. Needs torch for these alone."""
+"""Decoding of payloads into masks, with the base's weights where the codec needs them."""
 
 from __future__ import annotations
 
@@ -47,34 +47,36 @@ def by_name(weights: Weights) -> Mapping[str, Tensor]:
 
 
 def in_step(weights: Mapping[str, Tensor] | None) -> int | None:
-    """Return how many threads may ask for the base's weights: processes that share them gather them in one order."""
+    """Return the number of threads that may read the base's weights: 1 if they are sharded, None if any number."""
     return 1 if weights is not None and any_shared(weights) else None
 
 
 def tells_classes(weight: Tensor) -> bool:
-    """Return True if weights are of a dtype in which they are in the classes of the base's."""
+    """Return True if weights of this dtype fall into the same classes as the base's."""
     return str(weight.dtype) in ("torch.float32", "torch.bfloat16")
 
 
 def base_weight(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    """Return the weights of one parameter of the base.
-
-    A parameter that is missing, of another shape, or of a dtype that no longer tells which classes its weights had is
-    a BackboneMismatchError.
-    """
+    """Return the weights of one parameter of the base, which must have this shape, or raise BackboneMismatchError."""
     tensor = weights.get(name)
     if tensor is None or tuple(tensor.shape) != shape:
         what = "no such parameter" if tensor is None else f"one of shape {tuple(tensor.shape)}"
         raise BackboneMismatchError(
-            f"the mask of {name!r} is coded with the base's weights of shape {shape}, and the base given has {what}; "
-            f"give the backbone that the adapter was made for"
-        )
-    if not tells_classes(tensor):
-        raise BackboneMismatchError(
-            f"the mask of {name!r} is coded with the base's weights, and the base given has them as {tensor.dtype}, "
-            f"expected torch.float32 or torch.bfloat16; load the adapter before casting the model"
+            f"the adapter changes {name!r} of shape {shape}, and the base given has {what}; give the backbone that the "
+            f"adapter was made for"
         )
     return whole(tensor)
+
+
+def coded_weight(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """As `base_weight`, in a dtype that still tells which classes the weights had: a mask is coded with them."""
+    weight = base_weight(weights, name, shape)
+    if not tells_classes(weight):
+        raise BackboneMismatchError(
+            f"the mask of {name!r} is coded with the base's weights, and the base given has them as {weight.dtype}, "
+            f"expected torch.float32 or torch.bfloat16; load the adapter before casting the model"
+        )
+    return weight
 
 
 def key_of(payload: Payload) -> Key:
@@ -84,7 +86,7 @@ def key_of(payload: Payload) -> Key:
 def on_device(
     found: Sequence[Decoded | None], payloads: Sequence[Payload]
 ) -> tuple[DeviceBits, Positions] | tuple[None, None]:
-    """Return a mask's bits and its zeros' positions if it was decoded there, to as many true bits as it should have."""
+    """Return the bits and zero positions of a mask decoded on a device, after comparing its number of true bits."""
     pieces, where = list[Any](), list[Positions]()
     for one, payload in zip(found, payloads, strict=True):
         if one is None or isinstance(one[0], np.ndarray) or one[1] is None:
@@ -181,7 +183,7 @@ class Decoder:
                 f"{self.adapter.path}: the mask of {name!r} is packed with the weights of {base.id} and cannot be "
                 f"decoded alone; pass that model: --backbone on the command line, base= in Python"
             )
-        weight = base_weight(self.weights, name, payload.shape)
+        weight = coded_weight(self.weights, name, payload.shape)
         if not same_digest(tensor_digest(weight, weight.dtype), base, name, weight.dtype):
             raise BackboneMismatchError(
                 f"the mask of {name!r} was packed with other weights than those of the base given; load {base.id}, "
@@ -226,7 +228,7 @@ class Decoder:
     def _there(
         self, set: str, names: Iterable[str], weights: Mapping[str, Tensor] | None = None
     ) -> dict[Key, Decoded | None]:
-        """Decode together what is quicker so where the parameters lie, or these `weights`, by name."""
+        """Decode in one batch the masks whose codec is quicker that way on their device; return them by name."""
         own = (self.weights or {}) if weights is None else weights
         payloads = [payload for name in names for payload in self.adapter.payloads[set][name]]
         away = [one for one in payloads if (weight := own.get(one.name)) is not None and not weight.is_cpu]
@@ -281,12 +283,7 @@ class Decoder:
         """Return the digest of a payload's bits; with the base, stored values are decoded as well."""
         bits, values = self.decode(payload)[0], f"{payload.set}/values/{payload.name}"
         if self.weights is not None and payload.coding.op == "replace" and self.adapter.spans[values].dtype == "U8":
-            weight = self.weights.get(payload.name)
-            if weight is None or tuple(weight.shape) != payload.shape:
-                raise BackboneMismatchError(
-                    f"the base given has no {payload.name!r} of shape {payload.shape}, from which stored values are "
-                    f"steps; load {self.adapter.base.id}, which the adapter was made for"
-                )
+            weight = base_weight(self.weights, payload.name, payload.shape)
             Steps(self.adapter.bytes_of(values)).values(at_zeros(weight, PackedMask(bits, payload.shape)))
         return bits_digest(bits)
 

@@ -1,4 +1,4 @@
-"""What an adapter file holds, as plain values: nothing is decoded and no base is needed."""
+"""Description of an adapter file as plain values; nothing is decoded and no base is needed."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import escape
 from .header import FORMAT_VERSION, SetHeader, base_to_json
 from .read import DIGEST_BYTES, SIZE_BYTES, Adapter, read_adapter
-from .tensors import BASE, CASCADE, beginning
+from .tensors import BASE, CASCADE
 
 
 def inspect_adapter(adapter: Adapter | str | Path) -> dict[str, Any]:
@@ -23,18 +23,18 @@ def inspect_adapter(adapter: Adapter | str | Path) -> dict[str, Any]:
     """
     adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
     header, about = adapter.header, adapter.about
-    sets = {name: _set(adapter, name, one) for name, one in header.sets.items()}
+    parts = _bytes(adapter)
+    sets = {name: _set(one, _roles(parts, name)) for name, one in header.sets.items()}
     weights = sum(one["weights"] for one in sets.values())
     coded = sum(one["payload_bytes"] for one in sets.values())
-    dense = sum(len(adapter.bytes_of(name)) for name in header.tensors)
     return {
         "format_version": FORMAT_VERSION,
         "producer": header.producer,
         "mask_id": header.mask_id,
         "size": adapter.size,
         "blake3": adapter.digest,
-        "index_bytes": adapter.size - coded - dense,
-        "bytes": _bytes(adapter),
+        "index_bytes": sum(size for part, size in parts.items() if "/" not in part),
+        "bytes": parts,
         "base": base_to_json(header.base),
         "task": about.task,
         "class_names": None if about.class_names is None else list(about.class_names),
@@ -45,7 +45,7 @@ def inspect_adapter(adapter: Adapter | str | Path) -> dict[str, Any]:
         "times_smaller_than_float32": 4 * weights / adapter.size,
         "times_smaller_than_one_bit": weights / 8 / coded if coded else None,
         "sets": sets,
-        "cascade": _cascade(adapter),
+        "cascade": _cascade(adapter, _roles(parts, CASCADE.rstrip("/"))),
     }
 
 
@@ -59,7 +59,7 @@ def config_text(description: dict[str, Any], model_file: str) -> str:
     return escape(text, "json") + "\n"
 
 
-def _set(adapter: Adapter, name: str, one: SetHeader) -> dict[str, Any]:
+def _set(one: SetHeader, dense: dict[str, int]) -> dict[str, Any]:
     # the signs of a ternary mask come right before its zeros, under the same name
     bases = {payload.name: payload for payload in one.payloads}.values()
     weights, kept = sum(payload.weights for payload in bases), sum(payload.kept for payload in bases)
@@ -71,7 +71,7 @@ def _set(adapter: Adapter, name: str, one: SetHeader) -> dict[str, Any]:
         "density": kept / weights if weights else 1.0,
         "payload_bytes": payload_bytes,
         "bits_per_weight": 8 * payload_bytes / weights if weights else 0.0,
-        "dense_bytes": _roles(adapter, name),
+        "dense_bytes": dense,
         "head": one.head,
         "payloads": [
             {
@@ -99,19 +99,15 @@ def _bytes(adapter: Adapter) -> dict[str, int]:
     return found
 
 
-def _cascade(adapter: Adapter) -> dict[str, Any] | None:
+def _cascade(adapter: Adapter, dense: dict[str, int]) -> dict[str, Any] | None:
     if adapter.header.cascade is None:
         return None
     coordinates, features = adapter.spans[f"{CASCADE}router/components"].shape
-    sizes = {"features": features, "coordinates": coordinates, "bytes": _roles(adapter, CASCADE.rstrip("/"))}
+    sizes = {"features": features, "coordinates": coordinates, "bytes": dense}
     return {**adapter.header.cascade, **sizes}
 
 
-def _roles(adapter: Adapter, of: str) -> dict[str, int]:
+def _roles(parts: dict[str, int], of: str) -> dict[str, int]:
     """Return bytes of the dense tensors of a set (head, parameters, scale, …), or of the cascade, by role."""
-    found: dict[str, int] = {}
-    for name in beginning(adapter.names, f"{of}/"):
-        role = name.split("/", 2)[1]
-        if name != f"{of}/payloads":
-            found[role] = found.get(role, 0) + len(adapter.bytes_of(name))
-    return found
+    own = {part.removeprefix(f"{of}/"): size for part, size in parts.items() if part.startswith(f"{of}/")}
+    return {role: size for role, size in own.items() if role != "payloads"}

@@ -1,4 +1,4 @@
-"""Adapters made of adapters: converted and combined."""
+"""Adapters made from other adapters: converted to another codec, or combined."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -119,6 +119,7 @@ def combine_adapters(
         codec=codec,
         weights=base,
         progress=progress,
+        overwrite=True,
     )
 
 

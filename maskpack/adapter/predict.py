@@ -19,6 +19,7 @@ from ..preprocess import (
     open_image,
     preprocess_from_json,
 )
+from ..threads import Progress
 from .content import About
 
 Batches = Iterable[tuple[Any, Tensor]]  # model inputs and labels
@@ -97,8 +98,8 @@ def predict(
         parts = {"head": run, "class names": names, "preprocessing": about.preprocess}
         missing = ", ".join(name for name, one in parts.items() if one is None)
         raise AdapterError(
-            f"this adapter has no {missing}, so it cannot predict by itself; give class_names and preprocess to "
-            f"save_adapter"
+            f"this adapter has no {missing}, so it cannot predict by itself; take one trained with labels, or in "
+            f"Python give class_names and preprocess to save_adapter"
         )
     how = preprocess_from_json(about.preprocess)
     _check_inputs(inputs, how)
@@ -121,6 +122,20 @@ def predict(
     return found
 
 
+class Counted:
+    """Streamer of transformers that counts tokens: it gets the prompt, then each token."""
+
+    def __init__(self, progress: Progress, done: int, total: int):
+        self.progress, self.done, self.total = progress, done, total
+
+    def put(self, _: Tensor) -> None:
+        self.progress(self.done, self.total)
+        self.done += 1
+
+    def end(self) -> None:
+        """Do nothing: it is seen by the caller."""
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -130,6 +145,7 @@ def generate(
     tokens: int = 256,
     temperature: float = 0.0,
     batch_size: int = 8,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Return what a language model writes behind each prompt, without special tokens; see `Adapter.generate`."""
     if isinstance(prompts, str):
@@ -140,18 +156,20 @@ def generate(
     options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
     said = [[{"role": "user", "content": one}] for one in prompts]
     texts = [tokenizer.apply_chat_template(one, **options) for one in said] if chat else list(prompts)
-    sampled = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    sampled: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     found, device, training = list[str](), next(model.parameters()).device, model.training
     model.eval()
     try:
-        for start in range(0, len(texts), batch_size):
-            ids = [
-                tokenizer(one, add_special_tokens=not chat)["input_ids"] for one in texts[start : start + batch_size]
-            ]
+        starts = range(0, len(texts), batch_size)
+        for number, start in enumerate(starts):
+            batch = texts[start : start + batch_size]
+            ids = [tokenizer(one, add_special_tokens=not chat)["input_ids"] for one in batch]
             most = max(map(len, ids))
             mask = torch.tensor([[0] * (most - len(one)) + [1] * len(one) for one in ids], device=device)
             fill = tokenizer.pad_token_id or 0  # in front, and never looked at
             inputs = torch.tensor([[fill] * (most - len(one)) + one for one in ids], device=device)
+            if progress is not None:
+                sampled["streamer"] = Counted(progress, number * tokens, len(starts) * tokens)
             ends = {"max_new_tokens": tokens, "pad_token_id": fill}
             written = model.generate(input_ids=inputs, attention_mask=mask, **ends, **sampled)  # type: ignore[operator]
             found += tokenizer.batch_decode(written[:, most:], skip_special_tokens=True)

@@ -215,12 +215,14 @@ class Adapter:
         tokens: int = 256,
         temperature: float = 0.0,
         batch_size: int = 8,
+        progress: Progress | None = None,
     ) -> list[str]:
         """Continue texts, or answer them, with a language model that has this adapter loaded.
 
         Args:
             tokenizer: default: that of where the model was loaded from. tokens: new ones of a text, at most.
             temperature: 0 takes the most likely token each time; else they are drawn, by torch's generator.
+            progress: called after each token of a batch with the number done and the most there may be.
 
         Raises:
             AdapterError: if the adapter is not one of a language model.
@@ -234,7 +236,7 @@ class Adapter:
                 f"predict"
             )
         tokenizer = tokenizer or model_tokenizer(model)
-        return generate(model, prompts, how, tokenizer, tokens, temperature, batch_size)
+        return generate(model, prompts, how, tokenizer, tokens, temperature, batch_size, progress)
 
     def verify(self, progress: Progress | None = None, base: Weights | None = None) -> dict[str, Any]:
         """Decode every mask, or without a base those that need none, and compare `mask_id` if those are all.

@@ -239,8 +239,10 @@ class Envelope:
 
     def to_bytes(self) -> bytes:
         """Return the canonical JSON of the envelope."""
-        signatures = [{"keyid": id_, "sig": _base64(self.signatures[id_])} for id_ in sorted(self.signatures)]
-        envelope = {"payload": _base64(self.payload), "payloadType": PAYLOAD_TYPE, "signatures": signatures}
+        coded = {id_: base64.b64encode(one).decode() for id_, one in sorted(self.signatures.items())}
+        signatures = [{"keyid": id_, "sig": one} for id_, one in coded.items()]
+        payload = base64.b64encode(self.payload).decode()
+        envelope = {"payload": payload, "payloadType": PAYLOAD_TYPE, "signatures": signatures}
         return canonical_json(envelope).encode()
 
     @classmethod
@@ -259,10 +261,6 @@ class Envelope:
 def pae(payload: bytes) -> bytes:
     """Return the bytes that are signed: DSSE's pre-authentication encoding of a payload with its type."""
     return b"DSSEv1 %d %s %d %s" % (len(PAYLOAD_TYPE), PAYLOAD_TYPE.encode(), len(payload), payload)
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode("ascii")
 
 
 @dataclass(frozen=True, slots=True)

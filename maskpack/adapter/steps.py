@@ -84,7 +84,7 @@ class Norm:
 
     @classmethod
     def nearest(cls, weight: Tensor, bias: Tensor | None, new: Tensor, shifted: Tensor | None) -> Norm | None:
-        """Return the steps from weight and bias of the base to the nearest of others; None where there are none.
+        """Return the steps from the base's weight and bias to values nearest to the given ones, or None.
 
         That is where a weight is or becomes 0, or is not finite, or the way is too far.
         """

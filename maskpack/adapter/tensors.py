@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backbone.model import CASTS, PREFIX, Head, RandomWeight
+from ..backbone.model import CASTS, PREFIX, STATISTICS, Head, RandomWeight
 from ..errors import AdapterError, CorruptAdapterError
 from ..mask import PackedMask, packed_bits
 from ..safetensors_io import DTYPES, NAMES, Blob, Span
 from .content import MIXTURE, WHITENING, Cascade, Parts, Router, Whitening
 from .header import Header, embedding_of, embedding_to_json
 from .steps import norms_to_frame, rows_from_frame, rows_to_frame
-from .values import Steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +26,6 @@ CASCADE = "maskpack.cascade/"  # a set's name has no dot
 BASE_BYTES = PREFIX * len(CASTS)
 FLOATS = ("F32", "BF16", "F16")
 ROLES = ("statistics", "parameters")
-STATISTICS = ("running_mean", "running_var")
 # Shapes of a cascade's tensors, vectors first: D values of an embedding, Q coordinates, K experts, W values of a
 # combined embedding, R of a reduced one, I into the head, C classes.
 CASCADE_SHAPES = {
@@ -109,26 +107,14 @@ def dense_blobs(sets: Mapping[str, Parts], cascade: Cascade | None) -> list[Blob
             blobs.append(Blob(f"{name}/norms", "U8", (len(frame),), [frame]))
     for key, tensor in found.items():
         if NAMES.get(str(tensor.dtype)) not in FLOATS:
-            raise AdapterError(f"{key} is {tensor.dtype}, expected one of float32, bfloat16, float16; convert it")
+            raise not_float(key, tensor)
         blobs.append(Blob.of(key, tensor.float() if key.split("/")[1] == "statistics" else tensor))
     return blobs
 
 
-def values_blob(name: str, values: Tensor | Steps, base: Tensor | None, least: float) -> Blob:
-    """Return stored values, as steps where that takes at most this share of their bytes.
-
-    `base`: the weights in their places, if they are known.
-    """
-    steps: Steps | None
-    if isinstance(values, Steps):
-        steps = values
-    elif NAMES.get(str(values.dtype)) not in FLOATS:
-        raise AdapterError(f"{name} is {values.dtype}, expected one of float32, bfloat16, float16; convert it")
-    else:
-        steps = None if base is None else Steps.of(values.detach().cpu(), base)
-        if steps is None or steps.nbytes >= least * values.nbytes:
-            return Blob.of(name, values)
-    return Blob(name, "U8", (steps.nbytes,), [steps.data])
+def not_float(name: str, tensor: Tensor) -> AdapterError:
+    """Return the error for a tensor of a dtype that the format does not allow."""
+    return AdapterError(f"{name} is {tensor.dtype}, expected one of float32, bfloat16, float16; convert it")
 
 
 def cascade_tensors(cascade: Cascade) -> dict[str, Tensor]:

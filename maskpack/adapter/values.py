@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..backbone.model import same_size_int
+from ..backbone.model import exact_cast, same_size_int
 from ..backbone.shards import whole
 from ..codecs import ulps
+from ..codecs.base import words_of
 from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, by_triton, short_repr
 from ..mask import PackedMask, packed_bits
 from ..safetensors_io import NAMES, torch_dtype
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 CHECK_BYTES = 4
@@ -52,11 +51,11 @@ class Steps:
 
         None if values and base have another dtype in which the base is not all there.
         """
-        cast, words = _exact(base, values.dtype), _words(values)
+        cast, words = exact_cast(base, values.dtype), words_of(values)
         if cast is None:
             return None
-        payload = ulps.encode(NAMES[str(values.dtype)], _words(cast), words)
-        if not np.array_equal(ulps.decode(payload, _words(cast)), words):  # what does not decode is lost for good
+        payload = ulps.encode(NAMES[str(values.dtype)], words_of(cast), words)
+        if not np.array_equal(ulps.decode(payload, words_of(cast)), words):  # what does not decode is lost for good
             raise AdapterError("stored values do not come back from their steps; report this, with the checkpoints")
         return cls(_check(values) + payload)
 
@@ -68,7 +67,7 @@ class Steps:
                 does not tell.
         """
         dtype = torch_dtype(self.name)
-        cast = _exact(base.detach(), dtype)
+        cast = exact_cast(base.detach(), dtype)
         if cast is None:
             raise BackboneMismatchError(
                 f"stored values are steps from weights in {dtype}, and those of the base given are in {base.dtype} and "
@@ -96,7 +95,7 @@ class Steps:
                 raise
             except Exception as error:  # as of `gpu.decode_on`
                 LOG.warning("values are not decoded on %s, but on the CPU: %s", base.device, error)
-        words = ulps.decode(data, _words(base.cpu()))
+        words = ulps.decode(data, words_of(base))
         return torch.from_numpy(words.view(f"i{words.itemsize}")).to(base.device)
 
 
@@ -107,22 +106,16 @@ def at_zeros(weight: Tensor, mask: PackedMask) -> Tensor:
     flat = whole(weight).detach().reshape(-1)
     if not flat.is_cpu or flat.element_size() not in (2, 4):
         return flat[~mask.on(flat.device)]
-    return torch.from_numpy(ulps.at_zeros(_words(flat), packed_bits(mask.bits))).view(flat.dtype)
+    return torch.from_numpy(ulps.at_zeros(words_of(flat), packed_bits(mask.bits))).view(flat.dtype)
 
 
 def put_at_zeros(weight: Tensor, mask: PackedMask, values: Tensor) -> None:
     """Put values of the same dtype in the place of weights, which are contiguous, at the zeros of a mask."""
     flat = weight.view(-1)
     if flat.is_cpu:
-        ulps.put_at_zeros(_words(flat), packed_bits(mask.bits), _words(values))
+        ulps.put_at_zeros(words_of(flat), packed_bits(mask.bits), words_of(values))
     else:
         flat[~mask.on(flat.device)] = values
-
-
-def _exact(base: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return weights in a dtype, or None if that changes their bits."""
-    cast = base.to(dtype)
-    return cast if base.dtype == dtype or same_size_int(cast.to(base.dtype)).equal(same_size_int(base)) else None
 
 
 def _others(what: str) -> BackboneMismatchError:
@@ -136,8 +129,3 @@ def _check(values: Tensor) -> bytes:
     from ..backbone.fingerprint import tensor_digest
 
     return tensor_digest(values, values.dtype)[:CHECK_BYTES] if len(values) else bytes(CHECK_BYTES)
-
-
-def _words(flat: Tensor) -> NDArray[Any]:
-    found: NDArray[Any] = same_size_int(flat.detach().contiguous()).numpy()
-    return found.view(f"u{flat.element_size()}")

@@ -3,6 +3,7 @@
 import difflib
 import importlib.metadata
 import itertools
+import logging
 import math
 import struct
 import tempfile
@@ -33,26 +34,28 @@ from ..errors import (
 )
 from ..mask import MaskSet, Op, PackedMask, bits_digest, packed_bits, rows_id
 from ..preprocess import Preprocess, preprocess_to_json
-from ..safetensors_io import MAX_HEADER, Blob, replacing, writing
+from ..safetensors_io import MAX_HEADER, NAMES, Blob, replacing, write_file, writing
 from ..threads import Progress, counted, in_order
 from .card import CARD_FILE, render_card, update_card
 from .content import LEARNING, About, Cascade, Learned, Parts
-from .decode import Weights, base_weight, by_name, in_step, tells_classes
+from .decode import Weights, by_name, coded_weight, in_step, tells_classes
 from .describe import config_text, inspect_adapter
 from .header import DICTIONARY, Coding, Header, Payload, SetHeader, cascade_to_json
 from .read import CONFIG_FILE, DIGEST_BYTES, MAX_CONFIG, MODEL_FILE, Adapter, opening, parse_adapter, read_model
 from .signature import remove_signature
-from .tensors import BASE, BASE_BYTES, dense_blobs, head_to_json, values_blob
+from .tensors import BASE, BASE_BYTES, FLOATS, dense_blobs, head_to_json, not_float
 from .values import Steps, at_zeros
 
+LOG = logging.getLogger(__name__)
 WORTH = 1 << 14  # weights; coding is slow
 WORTH_STEPS = 0.5  # of the bytes of stored values
 PIECE = 1 << 20  # bytes
 LEVEL = 19  # of the index's frame
+version_of = cache(importlib.metadata.version)
 
 
 class Spooled:
-    """Bytes put aside at the end of a file, perhaps after others; they come back in pieces any number of times."""
+    """Bytes kept in a temporary file, which can be read back in pieces any number of times."""
 
     def __init__(self, file: IO[bytes], folder: Path):
         self._file, self._folder = file, folder
@@ -96,7 +99,7 @@ class _Job(NamedTuple):
 
 
 class _Coded(NamedTuple):
-    """A payload without its bytes: hex BLAKE3 of its packed bits, scale of its mask, stored values."""
+    """A coded payload without its bytes: digest of its packed bits, scale of its mask, stored values."""
 
     payload: Payload
     bits_digest: str
@@ -117,7 +120,7 @@ def _jobs(set_name: str, parts: Parts, reference: Reference | None) -> Iterator[
 def _code(
     job: _Job, rivals_of: Callable[[bool], Sequence[Codec]], weights: Mapping[str, Tensor] | None, least: float
 ) -> tuple[_Coded, bytes, bool]:
-    """Code one payload in every way and decode the smallest: what was made, its bytes, whether the mask is done.
+    """Code a payload with every codec and verify the smallest; return it, its bytes, and whether the mask is complete.
 
     Args:
         rivals_of: whether codecs may have the base -> codecs.
@@ -132,7 +135,7 @@ def _code(
         if job.values is not None and weight is not None and not tells_classes(weight):
             codecs = rivals_of(False)
         else:
-            words = words_of(base_weight(weights, job.name, shape))
+            words = words_of(coded_weight(weights, job.name, shape))
     # whether a weight was changed at all hardly follows from the direction, and so not from its sign
     lean = job.op != "replace"
     variants, against = [(bits, Side(shape, words, lean=lean))], None
@@ -160,10 +163,17 @@ def _code(
 
 
 def _values_blob(job: _Job, values: Tensor | Steps, weight: Tensor | None, least: float) -> Blob:
-    base = None
-    if weight is not None and not isinstance(values, Steps) and tuple(weight.shape) == job.mask.shape:
-        base = at_zeros(weight, job.mask).cpu()
-    return values_blob(f"{job.set}/values/{job.name}", values, base, least)
+    """Return stored values, as steps from the base's weights where that takes at most this share of their bytes."""
+    name, steps = f"{job.set}/values/{job.name}", values if isinstance(values, Steps) else None
+    if not isinstance(values, Steps):
+        if NAMES.get(str(values.dtype)) not in FLOATS:
+            raise not_float(name, values)
+        if weight is not None and tuple(weight.shape) == job.mask.shape:
+            steps = Steps.of(values.detach().cpu(), at_zeros(weight, job.mask).cpu())
+        if steps is None or steps.nbytes >= least * values.nbytes:
+            return Blob.of(name, values)
+    assert steps is not None
+    return Blob(name, "U8", (steps.nbytes,), [steps.data])
 
 
 def _checked_values(name: str, mask: PackedMask, parts: Parts) -> Tensor | Steps | None:
@@ -293,7 +303,7 @@ def encode(
     dense.sort(key=lambda blob: blob.name)
     first_blob = Blob(BASE, "U8", (len(masked), BASE_BYTES), [base.tensors[name] for name in masked])
     header = Header(
-        f"maskpack/{importlib.metadata.version('maskpack')}",
+        f"maskpack/{version_of('maskpack')}",
         rows_id((p.set, p.name, p.coding.op, p.shape, digest) for p, digest, *_ in rows),
         replace(base, tensors={}),
         {
@@ -355,6 +365,7 @@ def save_adapter(
     codec: str | None = None,
     weights: Weights | None = None,
     progress: Progress | None = None,
+    overwrite: bool | None = None,
 ) -> Adapter:
     """Write an adapter: a folder with model file, config and card, or only the file if `path` ends in `.safetensors`.
 
@@ -378,6 +389,8 @@ def save_adapter(
         codec: only this codec, by id.
         weights: the frozen model or its state dict, for codecs that use the base.
         progress: called after each mask with the number of weights done and of those in all.
+        overwrite: replace an adapter that is there. False: that is a StateError. Default: it is replaced, since a
+            training may stand behind this call, and a warning is logged.
 
     Raises:
         AdapterError: if there is no mask, or anything cannot be stored; the message says what.
@@ -410,12 +423,20 @@ def save_adapter(
     given: dict[str, Any] = {"task": task, "class_names": names, "preprocess": prepared, "training": training}
     said = replace(about or About(), **{key: value for key, value in given.items() if value is not None})
     _check_names(sets, base)
+    if writes and not overwrite and (file := _model_file(Path(path))).exists():
+        if overwrite is not None:
+            raise StateError(f"{file} is there already; choose another name, or replace it with overwrite=True")
+        LOG.warning("%s was there already, and is replaced; overwrite=True says so without this warning", file)
     make = partial(encode, sets, base, said, cascade, weights, profile, codec, progress)
     if writes:
         return write_adapter(Path(path), make)
     with tempfile.TemporaryDirectory() as folder:  # the same bytes as the process that writes
         content = write_adapter(Path(folder) / MODEL_FILE, make).content
     return parse_adapter(content, Path(path))
+
+
+def _model_file(path: Path) -> Path:
+    return path if path.suffix == ".safetensors" else path / MODEL_FILE
 
 
 def write_adapter(
@@ -426,8 +447,8 @@ def write_adapter(
     `encoded` gives header and tensors; what it raises ends the writing before anything is replaced. A new folder gets
     the owner's words of the card `owners`.
     """
-    whole = path.suffix == ".safetensors"
-    model, config, card = (path, None, None) if whole else (path / MODEL_FILE, path / CONFIG_FILE, path / CARD_FILE)
+    whole, model = path.suffix == ".safetensors", _model_file(path)
+    config, card = (None, None) if whole else (path / CONFIG_FILE, path / CARD_FILE)
     with nullcontext() if whole else _folder(path):
         with writing(model.parent):
             file = tempfile.TemporaryFile(dir=model.parent)  # nameless: it goes with the process
@@ -450,8 +471,7 @@ def write_adapter(
         earlier = card if card.exists() else owners
         if earlier is not None:
             rendered = update_card(earlier.read_bytes().decode("utf-8", "surrogateescape"), rendered)
-        with replacing(card) as temporary:
-            temporary[0].write_bytes(rendered.encode("utf-8", "surrogateescape"))
+        write_file(card, rendered.encode("utf-8", "surrogateescape"))
     return adapter
 
 

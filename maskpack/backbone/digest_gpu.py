@@ -1,4 +1,4 @@
-"""BLAKE3 of a tensor on its GPU: the digest that the library gives. TRITON_INTERPRET=1 runs it on a CPU.
+"""BLAKE3 of a tensor, computed on its GPU by Triton. TRITON_INTERPRET=1 runs it on a CPU.
 
 A thread hashes a chunk of 1,024 bytes. A program joins the chaining values of its chunks, its nodes, in pairs, level
 after level, and one program those of all others.

@@ -20,9 +20,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrize
 
 from ..errors import BackboneMismatchError, MaskpackError, by_triton
-from ..safetensors_io import replacing
+from ..safetensors_io import write_file
 from ..threads import Result, in_order
-from .model import CASTS, PREFIX, Fingerprint, aliases, body, canonical, inside, slots, unusable, unwrap
+from .model import CASTS, PREFIX, Fingerprint, all_names, body, canonical, inside, slots, unusable, unwrap
 from .shards import any_shared, shared, whole
 
 PIECE = 1 << 24  # bytes of the cast tensor that are in memory at one time
@@ -101,7 +101,7 @@ def stamp(tensor: Tensor) -> Stamp | None:
 
 
 def model_digest(model: nn.Module, outside: Iterable[str] = ()) -> str | None:
-    """Return the BLAKE3 of all that a model's output in evaluation mode depends on, but for the modules `outside`.
+    """Return the BLAKE3 of all that a model's output in evaluation mode depends on, without the modules `outside`.
 
     Unlike a fingerprint it covers the bits of every parameter and buffer, the settings of modules, and the source files
     of their classes. None if a weight is parametrized (as by scores) or a module has hooks, which none of these cover.
@@ -243,12 +243,12 @@ class Measured:
     """A model's body, which may be on the meta device, and the digests of its tensors in its `compared_dtype`.
 
     Attributes:
-        tied: the other names of tensors that have several.
+        names: every name of each parameter by its first one.
     """
 
     body: Mapping[str, Tensor]
     digests: Mapping[str, bytes]
-    tied: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -274,20 +274,11 @@ def measure_body(model: nn.Module, head: Iterable[str]) -> Measured:
 
     found = _of_each(tensors, measure)
     known |= {name: (now, dtype, digest) for name, (now, dtype, digest) in found.items() if now is not None}
-    return Measured(tensors, {name: digest for name, (_, _, digest) in found.items()}, tied(model))
-
-
-def tied(model: nn.Module) -> dict[str, list[str]]:
-    """Return, of each parameter that has several names, the others by its first."""
-    found: dict[str, list[str]] = {}
-    for name, first in aliases(model).items():
-        if name != first:
-            found.setdefault(first, []).append(name)
-    return found
+    return Measured(tensors, {name: digest for name, (_, _, digest) in found.items()}, all_names(model))
 
 
 def has_again(model: nn.Module, counts: Mapping[str, tuple[int, int]]) -> None:
-    """Note that tensors have the bytes again that they had at an earlier count of writes: name -> (earlier, now)."""
+    """Record that tensors have the same bytes again as at an earlier write count: name -> (earlier count, now)."""
     known = _MEASURED.get(unwrap(model), {})
     for name in counts.keys() & known.keys():
         (found, dtype, digest), (earlier, now) = known[name], counts[name]
@@ -337,7 +328,7 @@ def _parts_of(whole: Measured, expected: Fingerprint) -> Iterator[Measured]:
         modules |= dict.fromkeys(itertools.islice(free, 1))
     for count in range(1, len(modules) + 1 if len(modules) <= MODULES else 2):
         for gone in itertools.combinations(modules, count):
-            names = ((name, [name, *whole.tied.get(name, ())]) for name in whole.body)
+            names = ((name, whole.names.get(name, [name])) for name in whole.body)
             left = {one: name for name, own in names for one in [n for n in own if not inside(n, gone)][:1]}
             left = dict(sorted(left.items()))
             body = {one: whole.body[name] for one, name in left.items()}
@@ -390,9 +381,7 @@ def remember_backbone(digest: str, arguments: Mapping[str, Any]) -> None:
         known = {key: one for key, one in _known().items() if key != digest}
         known[digest] = {"reference": reference, **found}
         with suppress(OSError, MaskpackError):  # without it no verb does less than it says
-            _file().parent.mkdir(parents=True, exist_ok=True)
-            with replacing(_file()) as (temporary,):
-                temporary.write_text(json.dumps(dict(list(known.items())[-MOST:]), indent=1) + "\n", encoding="utf-8")
+            write_file(_file(), json.dumps(dict(list(known.items())[-MOST:]), indent=1) + "\n")
 
 
 def remembered_backbone(digest: str) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,16 +19,17 @@ from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, LARGEST, ImagePreprocess, 
 from ..safetensors_io import INDEX, SUFFIX, read_tensors, write_tensors
 from .model import (
     RANDOM,
+    STATISTICS,
     Embedding,
     Head,
     aliases,
     canonical,
+    exact_cast,
     find_head,
     named_buffers,
     named_parameters,
     parse_random,
     random_values,
-    same_size_int,
     slots,
     swap_module,
     tied_outputs,
@@ -135,8 +136,8 @@ def export_state(
     tensors = {canonical(name): tensor.cpu() for name, tensor in state.items() if isinstance(tensor, Tensor)}
     for name, tensor in tensors.items():
         if dtype is not None and tensor.is_floating_point():
-            cast = tensor.to(dtype)
-            tensors[name] = cast if torch.equal(same_size_int(cast.to(tensor.dtype)), same_size_int(tensor)) else tensor
+            cast = exact_cast(tensor, dtype)
+            tensors[name] = tensor if cast is None else cast
     write_tensors(path, tensors, {"format": "pt", **(metadata or {})})
     return len(tensors)
 
@@ -178,11 +179,13 @@ def load_tensors(
 def sources(model: nn.Module, shapes: Mapping[str, Shape], path: str | Path) -> dict[str, str]:
     """Map each canonical name of a model's state dict to the tensor of a file, of these shapes, that it is loaded from.
 
-    A tied tensor may have one of its names in the file, as Hugging Face writes it. The counters of BatchNorm may be
-    missing, as in files of old PyTorch; they stay. Raises BackboneError if names or shapes differ.
+    A tied tensor may have one of its names in the file, as Hugging Face writes it, and all names the prefix of the
+    model that was saved, or none. The counters of BatchNorm may be missing, as in files of old PyTorch; they stay.
+    Raises BackboneError if names or shapes differ.
     """
     own = {canonical(name): tensor for name, tensor in unwrap(model).state_dict(keep_vars=True).items()}
-    first = aliases(model)
+    first, names = aliases(model), {inside: name for name, inside in _renamed(model, shapes).items()}
+    shapes = {inside: shapes[name] for inside, name in names.items()}
     present: dict[str, str] = {}
     for name in sorted(own.keys() & shapes.keys()):
         present.setdefault(first.get(name, name), name)
@@ -200,7 +203,15 @@ def sources(model: nn.Module, shapes: Mapping[str, Shape], path: str | Path) -> 
             f"the weights in {path} do not fit the model: {len(missing)} missing {missing[:3]}, {len(unexpected)} "
             f"unexpected {unexpected[:3]}, {len(other)} of another shape {other[:3]}"
         )
-    return found
+    return {name: names[source] for name, source in found.items()}
+
+
+def _renamed(model: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """Return a model's name for each name in a file, with or without the prefix of a body in transformers."""
+    own = {canonical(name) for name in unwrap(model).state_dict()}
+    prefix, free = f"{getattr(unwrap(model), 'base_model_prefix', '')}.", own - set(names)
+    tried = {one: (one.removeprefix(prefix), prefix + one) for one in names if one not in own}
+    return {one: next((other for other in tried.get(one, ()) if other in free), one) for one in names}
 
 
 def fit_head(model: nn.Module, head: str, shapes: Mapping[str, Shape]) -> None:
@@ -231,7 +242,7 @@ def randomize(model: nn.Module, kind: str, seed: int) -> None:
         elif leaf.endswith("weight"):
             parameter.fill_(1.0)
     for name, buffer in named_buffers(model).items():
-        if name.endswith(("running_mean", "running_var")):
+        if name.endswith(STATISTICS):
             buffer.fill_(float(name.endswith("running_var")))
 
 
@@ -339,11 +350,10 @@ def _mapped(name: str, image_size: int | None, task: TaskName | None) -> Backbon
         return None
     with torch.device("meta"):
         backbone = _transformers(name, False, image_size, task)
-    prefix, state = f"{getattr(backbone.model, 'base_model_prefix', '')}.", read_tensors(file)
-    own = {canonical(one) for one in backbone.model.state_dict()}
-    names = {one: next((n for n in (one, one.removeprefix(prefix), prefix + one) if n in own), None) for one in state}
+    state, own = read_tensors(file), {canonical(one) for one in backbone.model.state_dict()}
+    names = _renamed(backbone.model, state)
     try:
-        load_tensors(backbone.model, {n: state[one] for one, n in names.items() if n}, name, mapped=True)
+        load_tensors(backbone.model, {n: state[one] for one, n in names.items() if n in own}, name, mapped=True)
     except BackboneError:  # of a layout that transformers converts
         return None
     return backbone
@@ -481,10 +491,10 @@ def load_backbone(
                     f"cannot load the backbone {reference!r}: line {own[-1].lineno}, {own[-1].line!r:.200}, raised "
                     f"{said}"
                 ) from error
-            raise BackboneError(
-                f"cannot load the backbone {reference!r}: {said}; if its weights cannot be downloaded, give them with "
-                f"--weights FILE.safetensors"
-            ) from error
+            advice = "if its weights cannot be downloaded, give them with --weights FILE.safetensors"
+            if loader is _transformers and Path(name).is_dir():
+                advice = "its folder needs config.json and the files of its tokenizer or image processor"
+            raise BackboneError(f"cannot load the backbone {reference!r}: {said}; {advice}") from error
     if kind:
         randomize(backbone.model, kind, seed)
         backbone = replace(backbone, revision=f"{RANDOM}{kind}:{seed}")

@@ -18,10 +18,12 @@ from ..mask import PackedMask, masked_weight
 from .shards import layout_of, local, put_away, shared
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 CASTS = ("float32", "bfloat16", "float16")  # dtypes in which a body is hashed
 PREFIX = 2  # bytes of a tensor's digest that are stored, for each cast
+STATISTICS = ("running_mean", "running_var")  # of BatchNorm
 Pooling = Literal["mean", "cls", "projection", "tokens"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
@@ -88,6 +90,11 @@ class Fingerprint:
     tensors: Mapping[str, bytes]
 
     __repr__ = short_repr
+
+    @property
+    def digest(self) -> str:
+        """Digest of the body in its own dtype."""
+        return self.digests[self.dtype]
 
 
 def _check_module(model: object) -> None:
@@ -162,6 +169,14 @@ def aliases(model: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(_storage(p), name) for name, p in named_parameters(model).items()}
 
 
+def all_names(model: nn.Module) -> dict[str, list[str]]:
+    """Return every name of each parameter by its first one; a tied parameter has several."""
+    found: dict[str, list[str]] = {}
+    for name, first in aliases(model).items():
+        found.setdefault(first, []).append(name)
+    return found
+
+
 def body(model: nn.Module, head: Iterable[str] = ()) -> dict[str, Tensor]:
     """Return the floating-point parameters and persistent buffers outside `head`, sorted; of tied ones the first."""
     return body_of({canonical(name): one for name, one in unwrap(model).state_dict(keep_vars=True).items()}, head)
@@ -222,6 +237,13 @@ def same_size_int(tensor: Tensor) -> Tensor:
 
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(kinds[tensor.element_size()])
+
+
+def exact_cast(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return a tensor in another dtype, or None where that changes its values."""
+    cast = tensor.to(dtype)
+    same = tensor.dtype == dtype or same_size_int(cast.to(tensor.dtype)).equal(same_size_int(tensor))
+    return cast if same else None
 
 
 def source_of(model: nn.Module) -> tuple[str, str | None]:
@@ -286,9 +308,6 @@ def swap_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     owner._modules[leaf] = module
     return old
 
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 BLOCK = 1 << 16  # weights per hash, which bounds the memory beside the result
 MAX_WEIGHTS = 1 << 27

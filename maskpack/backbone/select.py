@@ -53,13 +53,13 @@ def _match(patterns: Iterable[str], names: Sequence[str], option: str) -> set[st
     return matched
 
 
-def match_parameters(model: nn.Module, patterns: Iterable[str], option: str, head: Sequence[str] = ()) -> list[str]:
-    """Return the names of the body's parameters that match globs, sorted; of tied ones the first.
+def match_parameters(model: nn.Module, patterns: Iterable[str], head: Sequence[str] = ()) -> list[str]:
+    """Return the names of the body's parameters that match the globs of `train`, sorted; of tied ones the first.
 
-    A pattern that matches nothing is a SelectionError, whose message calls the patterns `option`.
+    A pattern that matches nothing is a SelectionError.
     """
     first = aliases(model)
-    return sorted({first[name] for name in _match(patterns, [n for n in first if not inside(n, head)], option)})
+    return sorted({first[name] for name in _match(patterns, [n for n in first if not inside(n, head)], "train")})
 
 
 def select_parameters(

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..mask import PackedMask, unpack
+from ..mask import PackedMask
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -87,23 +86,12 @@ def gathered(tensor: Any) -> Tensor:
 
 def own_mask(mask: PackedMask, like: Tensor) -> PackedMask:
     """Return the part of a mask for this process's part of a weight, without positions."""
-    if not shared(like):
-        return mask
-    bits, signs = (
-        None if one is None else PackedMask.from_tensor(part_of(unpack(one).reshape(mask.shape), like))
-        for one in (mask.bits, mask.signs)
-    )
-    assert bits is not None
-    return replace(bits, op=mask.op, alpha=mask.alpha, signs=None if signs is None else signs.bits)
+    return mask.part(lambda tensor: part_of(tensor, like)) if shared(like) else mask
 
 
 def own_values(mask: PackedMask, values: Tensor, like: Tensor) -> Tensor:
     """Return those of a weight's values, flat at the zeros of a mask, that are for this process's part of it."""
-    if not shared(like):
-        return values
-    kept = mask.tensor().to(values.device)
-    spread = values.new_zeros(mask.shape).masked_scatter_(~kept, values)
-    return part_of(spread, like)[~part_of(kept, like)]
+    return mask.values_of_part(values, lambda tensor: part_of(tensor, like)) if shared(like) else values
 
 
 def own_saved(saved: list[Tensor], mask: PackedMask | None, now: Tensor) -> tuple[list[Tensor], PackedMask | None]:

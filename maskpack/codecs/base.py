@@ -48,7 +48,7 @@ PROFILES: tuple[Profile, ...] = ("fast", "default", "max")
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """What a codec may use beside the payload, equal when packing and unpacking.
+    """Side information of a codec, equal when packing and unpacking: shape, base weights, reference mask.
 
     Attributes:
         shape: of the parameter.
@@ -74,7 +74,7 @@ class Side:
 
     @cached_property
     def ranks(self) -> Bits | None:
-        """Which of 16 parts each magnitude is in, for compiled loops; None without them."""
+        """The magnitude class (0 to 15) of each weight, for compiled loops; None without them."""
         from .classes import ranks
 
         return ranks(self.base, 16)
@@ -276,13 +276,14 @@ def distances(positions: Numbers) -> Numbers:
 
 
 def words_of(weight: "Tensor") -> Words:
-    """Return float32 or bfloat16 weights as patterns of bits, row-major, flat."""
+    """Return weights as patterns of bits, row-major, flat; in their own memory where that is the host's."""
     import torch
 
     flat = weight.detach().cpu().contiguous().reshape(-1)
-    if weight.dtype == torch.float32:
-        return flat.numpy().view(np.uint32)
-    return flat.view(torch.int16).numpy().view(np.uint16)
+    if flat.stride(0) != 1:  # one number that was expanded counts as contiguous
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    words: Words = flat.view(torch.uint8).numpy().view(f"u{weight.element_size()}")
+    return words
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

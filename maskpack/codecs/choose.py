@@ -1,4 +1,4 @@
-"""Which codec codes a mask in the fewest bytes."""
+"""Choice of the codec that codes a mask in the fewest bytes."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -51,7 +51,7 @@ def smallest(codecs: Sequence[Codec], variants: Sequence[tuple[Bits, Side]]) -> 
 
 
 def _hopeless(codec: Codec, bits: Bits, shape: tuple[int, ...], best: int) -> bool:
-    """Return True if a codec takes far more than the best one for all of a mask, by what more pieces add to some."""
+    """Return True if a codec cannot win, judged by how its size grows on growing parts of the mask."""
     if bits.size < PIECES * PIECE * 8:
         return False
     row = max(1, matrix_shape(shape)[1] // 8)  # rows that repeat must be seen to do so

@@ -13,7 +13,7 @@ INFINITY = 0x7F80  # in bfloat16
 
 
 def ranks(words: Words, parts: int) -> Bits | None:
-    """Return the part that each magnitude is in, of as many as are as populous; None without compiled loops."""
+    """Return the class of each magnitude, of equally populous classes; None without compiled loops."""
     compiled = native.library()
     if compiled is None or not 0 < words.size < 1 << 32:
         return None

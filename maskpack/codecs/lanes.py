@@ -1,4 +1,4 @@
-"""Events at known odds <-> 16-bit words: rANS in independent lanes, a step an event (docs/format.md section 6.2)."""
+"""Entropy coding of events at known odds: rANS in independent lanes of 16-bit words (docs/format.md section 6.2)."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ _FREQUENCIES = """
 
 
 class Tables(NamedTuple):
-    """What the format fixes.
+    """The constant tables of the format.
 
     Attributes:
         hazard: of each level, -log2 of the probability of no event, in 1/UNIT.
@@ -68,7 +68,7 @@ class Tables(NamedTuple):
 
 @cache
 def tables() -> Tables:
-    """Return the tables; no entry lies so close to one half that another rounding of the logarithm could change it."""
+    """Return the constant tables; no entry is so close to one half that another machine could round it differently."""
     odds = np.exp2((np.arange(LEVELS) - LEVELS // 2) / 16 * np.log2(np.e))
     hazard = np.clip(np.rint(UNIT * np.log2(1 + odds)), 1, 8 * UNIT).astype(np.uint16)
     survival = np.rint(ONE * np.exp2(-np.arange(10 * UNIT) / UNIT)).astype(np.uint16)
@@ -83,7 +83,7 @@ def tables() -> Tables:
 
 
 class Lanes:
-    """Lanes that are decoded: their states, and the words ahead of each.
+    """Lanes during decoding: the state of each, and the words that it has yet to read.
 
     Many go side by side, an event of each a step, which takes as long as few events one by one.
 

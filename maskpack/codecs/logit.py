@@ -106,7 +106,7 @@ class LogitBase(Logit):
 
 
 class Head(NamedTuple):
-    """What a payload says before the words of its lanes.
+    """Header of a payload: the model and the layout of its lanes, before their words.
 
     Attributes:
         codes, sizes: of each array: its step and table, the number of its coefficients.

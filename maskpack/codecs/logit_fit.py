@@ -4,6 +4,7 @@ What is summed up are integers, or multiples of powers of two that are exact in 
 bytes on every machine, whatever its libraries and threads.
 """
 
+import ctypes
 import math
 from collections.abc import Mapping, Sequence
 from ctypes import byref, c_double, c_int32, c_int64, c_void_p
@@ -23,13 +24,13 @@ from .logit_model import (
     OTHER,
     SAME,
     STEPS,
-    Before,
     Grid,
     Ints,
     Known,
     by_position,
+    contexts,
     may_lean,
-    signs_of,
+    natural,
     sizes,
 )
 
@@ -87,7 +88,7 @@ class Rounded(NamedTuple):
 
 
 class Probes(NamedTuple):
-    """What weights' residuals or variances are multiplied by, and the sums of that over inputs and over rows.
+    """Probe vectors that residuals or variances are multiplied by, and the sums of the products over inputs and rows.
 
     Attributes:
         along: (probes, inputs), whose sums over inputs are `images` (rows, probes). across: (rows, probes), whose sums
@@ -133,16 +134,18 @@ class Sums(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Weights of a parameter without kernels whose odds stand for those of all, which differ little; rising.
+    """A sample of the weights of a matrix, by rising position, which stands for all of them in the fit.
 
     Attributes:
         columns: of each. ends: how many there are before each row, and in all.
         shifts: of each class of magnitude: one weight of 2^shift is looked at.
+        classes: of each, for compiled loops.
     """
 
     columns: Ints
     ends: Longs
     shifts: Bits
+    classes: Bits | None = None
 
 
 class Fit:
@@ -190,9 +193,10 @@ class Fit:
         classes, masks = self.index.get("magnitude"), (1 << shifts.astype(np.int32)) - 1
         columns, ends = np.empty(rows * inputs, dtype=np.int32), np.zeros(rows + 1, dtype=np.int64)
         if (compiled := native.library()) is not None:
-            given = (native.pointer(one) for one in (classes, masks, columns, ends))
+            found = np.empty(rows * inputs, dtype=np.uint8)
+            given = (native.pointer(one) for one in (classes, masks, columns, ends, found))
             compiled.maskpack_part(c_int64(rows), c_int64(inputs), c_int32(TURN), *given)
-            return Part(columns[: ends[-1]].copy(), ends, shifts)
+            return Part(columns[: ends[-1]].copy(), ends, shifts, found[: ends[-1]].copy())
         turned = np.arange(inputs, dtype=np.int32) + TURN * np.arange(rows, dtype=np.int32)[:, None]
         at = np.flatnonzero(turned & (masks[0] if classes is None else masks[classes[0]]) == 0)
         ends[1:] = np.cumsum(np.bincount(at // inputs, minlength=rows))
@@ -206,12 +210,12 @@ class Fit:
     @cached_property
     def counts(self) -> dict[str, Longs]:
         """How many events each row, input and class has, without kernels."""
-        places = where_ones(self.bits)
         found = {name: np.zeros(BINS.get(name, self.sizes[name]), dtype=np.int64) for name in self.values}
-        if (compiled := native.library()) is not None and places.itemsize == 4:
-            arrays = _addresses(self.index), _addresses(found)
-            compiled.maskpack_counts(c_int64(self.grid.inputs), native.pointer(places), c_int64(places.size), *arrays)
+        if (compiled := native.library()) is not None:
+            bits, arrays = np.ascontiguousarray(self.bits), (_addresses(self.index), _addresses(found))
+            compiled.maskpack_counts(c_int64(self.grid.inputs), native.pointer(bits), c_int64(bits.size), *arrays)
             return found
+        places = where_ones(self.bits)
         of = {"row": places // self.grid.inputs, "input": places % self.grid.inputs}
         of |= {name: own.reshape(-1)[places] for name, own in self.index.items()}
         return {name: np.bincount(of[name], minlength=own.size) for name, own in found.items()}
@@ -223,10 +227,10 @@ class Fit:
             names: arrays. residuals: probes of (event - p) times sign. variances: of p (1 - p).
         """
         found = {name: np.zeros((2, BINS.get(name, self.sizes[name])), dtype=np.int64) for name in names}
-        whole, total = {name: _parts(own) for name, own in self.values.items()}, np.zeros(2, dtype=np.int64)
+        whole, total = {name: _integers(NAT * own) for name, own in self.values.items()}, np.zeros(2, dtype=np.int64)
         if "reference" in whole:
             whole["reference"] = np.append(np.int32(0), whole["reference"])
-        left, right = _parts(self.left), _parts(self.right)
+        left, right = _integers(NAT * self.left), _integers(NAT * self.right)
         compiled = native.library()
         if compiled is None:
             none = Probes.of(self.grid)
@@ -235,12 +239,9 @@ class Fit:
             else:
                 self._numpy_sums_of_part(self.part, whole, total, found)
         else:
-            indices, arrays, sums = _addresses(self.index), _addresses(whole), _addresses(found)
             probes = (native.Probes() if one is None else one.native() for one in (residuals, variances))
-            rest = *map(native.address, (left, right, self.signs, _curve())), *probes
-            offset, held = round(NAT * self.offset), np.empty(4 * self.grid.inputs, dtype=np.int32)
-            looked = *map(native.address, self.part or [None] * 3), None if self.part else native.address(self.events)
-            fit = native.Fit(*self.grid, left.shape[1], offset, *looked, indices, arrays, *rest)
+            fit, sums = self.native(whole, left, right, *probes), _addresses(found)
+            held = np.empty(4 * self.grid.inputs, dtype=np.int32)
             sum_up = compiled.maskpack_sums if self.part is None else compiled.maskpack_sums_of_part
             sum_up(byref(fit), native.pointer(total), sums, native.pointer(held))
         if self.part is not None:  # what was summed up are p, not what they leave of the events
@@ -251,6 +252,13 @@ class Fit:
         if "reference" in every:
             every["reference"] = every["reference"][:, 1:]
         return Sums(total / ONE, {name: own[:, : self.sizes[name]] for name, own in every.items()})
+
+    def native(self, whole: Mapping[str, Ints], left: Ints, right: Ints, *probes: native.Probes) -> native.Fit:
+        """Return what compiled loops take; `whole`: coefficients in 1/NAT."""
+        given = left, right, self.signs, _curve()
+        looked = *map(native.address, self.part or [None] * 4), None if self.part else native.address(self.events)
+        arrays = round(NAT * self.offset), *looked, _addresses(self.index), _addresses(whole)
+        return native.Fit(*self.grid, left.shape[1], *arrays, *map(native.address, given), *probes)
 
     def _numpy_sums(
         self, whole: Mapping[str, Ints], left: Ints, right: Ints, total: Longs, found: Mapping[str, Longs],
@@ -311,14 +319,14 @@ class Fit:
         return self._stepped(self.sums(names), priors)
 
     def start(self) -> None:
-        """Give what hardly depends on rows and inputs the log-odds of each of its bins, where all else is 0."""
+        """Start arrays that hardly depend on rows and inputs from the log-odds of their bins; all others are 0."""
         found = self.sums([name for name in TOGETHER[0] if name in self.values])
         both = int(_curve()[(round(NAT * self.offset) + 4 >> 3) + EXTREME * PARTS])
         p, variance = (both >> 16) / ONE, (both & 0xFFFF) / ONE
         for name, (slopes, curvatures) in found.arrays.items():
             have, rest = (np.maximum(curvatures / variance * share, 0) for share in (p, 1 - p))
             odds = (np.maximum(have + slopes, 0) + 1) / (np.maximum(rest - slopes, 0) + 1)
-            self.values[name] = _exact(np.log(odds) - self.offset)
+            self.values[name] = _exact(natural(odds) - self.offset)
 
     def _stepped(self, found: Sums, priors: Mapping[str, float] = PRIORS) -> Sums:
         step, self.left_over = float(found.total[0] / found.total[1]), 0.0
@@ -348,7 +356,7 @@ class Fit:
         own, other = (self.left, self.right.T) if turn == 0 else (self.right.T, self.left)
         rank = own.shape[1]
         upper = np.triu_indices(rank)
-        given, pairs = _parts(other), _parts(other[:, upper[0]] * other[:, upper[1]])
+        given, pairs = _integers(NAT * other), _integers(other[:, upper[0]] * other[:, upper[1]] * NAT)
         way = (lambda one: {"along": np.ascontiguousarray(one.T)}) if turn == 0 else (lambda one: {"across": one})
         residuals, variances = Probes.of(self.grid, **way(given)), Probes.of(self.grid, **way(pairs))
         found = self.sums(ARRAYS[:2], residuals, variances)
@@ -370,12 +378,12 @@ class Fit:
                 self.better(names)
 
     def forget(self) -> None:
-        """Set arrays that are worth less than their bits to 0, for good: most of what is known tells nothing."""
+        """Set arrays that save fewer bits than they cost to 0, for good."""
         for name in [name for name in self.values if self.worth[name] < LEAST_WORTH]:
             del self.values[name]
 
     def search(self) -> None:
-        """Find the directions of the low rank: what is left of the events, times signs, is nearly noise without."""
+        """Search the directions of the low rank, by power iteration on the residuals times the base's signs."""
         (rows, inputs, _), found = self.grid, self.sums(ARRAYS[:2])
         scales = [np.maximum(np.sqrt(found.arrays[name][1] / math.sqrt(found.total[1])), 1e-3) for name in ARRAYS[:2]]
         odd = 2654435761 * (2 * np.arange(MAX_RANK + 2, dtype=np.uint64) + 3)
@@ -420,7 +428,9 @@ class Fit:
 
 def fitted(grid: Grid, known: Known, bits: Bits, lean: bool = True) -> Fitted:
     """Return the model of events, as packed bits, of which there is one or more, perhaps with a low rank."""
-    fit, chosen = Fit(grid, known, bits), dict[str, Rounded]()
+    fit, chosen, lean = Fit(grid, known, bits), dict[str, Rounded](), lean and may_lean(grid, known.classes is not None)
+    if (compiled := native.library()) is not None and not lean:
+        return assembled(fit, _chosen(compiled, fit))
     if fit.part:
         fit.start()
     for number in range(ROUNDS):
@@ -431,7 +441,7 @@ def fitted(grid: Grid, known: Known, bits: Bits, lean: bool = True) -> Fitted:
         if number == 1:
             fit.forget()
     part, fit.part = fit.part, None
-    if lean and may_lean(grid, known.classes is not None):
+    if lean:
         fit.search()
     if len(fit.right):
         for _ in range(LEAN_ROUNDS):
@@ -442,16 +452,30 @@ def fitted(grid: Grid, known: Known, bits: Bits, lean: bool = True) -> Fitted:
         fit.balance()
         chosen |= fit.round_lean()
         fit.better_all()
+    fit.part = None if len(fit.right) else part
     for name in ("magnitude", "before", "position", "reference", "input", "row"):
         if name in fit.values:
-            fit.part = None if len(fit.right) else part
             (_, curvatures) = fit.better([name], dict.fromkeys(PRIORS, LAST_PRIOR)).arrays[name]
             chosen[name] = rounded(fit.values[name], curvatures, TRIED, name == "magnitude")
             fit.values[name] = chosen[name].nats(name == "magnitude")
-    fit.part = None if len(fit.right) else part
     for _ in range(1 if fit.part else 2):
         fit.better(())
     return assembled(fit, chosen)
+
+
+def _chosen(compiled: ctypes.CDLL, fit: Fit) -> dict[str, Rounded]:
+    """Return what `fitted` chooses without a low rank, by the compiled loops, which leave the offset with the fit."""
+    integers = {name: np.zeros(own.size, dtype=np.int32) for name, own in fit.values.items()}
+    given = fit.native({}, _integers(NAT * fit.left), _integers(NAT * fit.right), native.Probes(), native.Probes())
+    sizes, counts = (fit.sizes[name] for name in ARRAYS), _addresses(fit.counts if fit.part else {})
+    arrays = native.address(_prices()), fit.offset, 0.0, _addresses(fit.values)
+    own = native.Fitting(given, fit.number, (c_int64 * len(ARRAYS))(*sizes), counts, *arrays)
+    own.integers = _addresses(integers)
+    if not compiled.maskpack_fit(byref(own)):
+        raise MemoryError
+    fit.offset = own.offset
+    codes = dict(zip(ARRAYS, own.codes, strict=True))
+    return {name: Rounded(one, codes[name] & 15, codes[name] >> 4, 0.0) for name, one in integers.items()}
 
 
 def rounded(values: Floats, curvature: Floats, steps: tuple[int, ...], differences: bool) -> Rounded:
@@ -508,16 +532,6 @@ def assembled(fit: Fit, chosen: dict[str, Rounded]) -> Fitted:
     return Fitted(offset, codes, {name: one.integers for name, one in own.items()})
 
 
-def contexts(grid: Grid, known: Known, events: Bits) -> Bits:
-    """Return the context of every weight inside its kernel."""
-    flat, signs = events.reshape(grid.positions, -1), signs_of(known, grid)
-    before, found = Before([grid.units]), np.empty(flat.shape, dtype=np.uint8)
-    for position, (own, minus) in enumerate(zip(flat, signs, strict=True)):
-        found[position] = before.contexts(minus)
-        before.count(own, minus)
-    return found.reshape(events.shape)
-
-
 def orthonormal(columns: Floats) -> Floats:
     """Return columns that span the same and are nearly orthonormal."""
     made = columns / np.maximum(np.abs(columns).max(0), 1e-9)
@@ -545,10 +559,7 @@ def solved(matrices: Floats, vectors: Floats) -> Floats:
 
 
 def _addresses(arrays: Mapping[str, NDArray[Any]]) -> Any:
-    found = (c_void_p * len(ARRAYS))()
-    for name, own in arrays.items():
-        found[ARRAYS.index(name)] = native.address(own)
-    return found
+    return (c_void_p * len(ARRAYS))(*(native.address(arrays.get(name)) for name in ARRAYS))
 
 
 def _moved(value: float, step: float, most: float = BOLDEST) -> float:
@@ -561,10 +572,6 @@ def _exact(values: Floats, parts: int = NAT) -> Floats:
 
 def _integers(values: Floats) -> Ints:
     return np.ascontiguousarray(np.rint(values).astype(np.int32))
-
-
-def _parts(values: Floats) -> Ints:
-    return _integers(values * NAT)
 
 
 def _product(one: NDArray[Any], other: NDArray[Any]) -> Longs:

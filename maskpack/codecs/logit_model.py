@@ -1,5 +1,6 @@
-"""The odds of each weight of a parameter, as integers in 1/16 nat: what the codec `logit` knows and evaluates."""
+"""Model of the codec `logit`: the log-odds of each weight of a parameter, as integers in 1/16 nat."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ class Grid(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What both sides know of each weight, in the order of coding: its class in the base, its bit in the reference."""
+    """Context of each weight, known when packing and unpacking: its class in the base, its bit in the reference."""
 
     classes: Bits | None
     reference: Bits | None
@@ -134,7 +135,7 @@ class Model(NamedTuple):
 
 
 class Before:
-    """How many events there were so far in each kernel, by the base's signs, and what that adds to levels.
+    """Counts of the events so far in each kernel, by the base's signs, and what they add to the levels.
 
     Args:
         units: of each model. arrays: what contexts add in each, or None.
@@ -173,3 +174,23 @@ def signs_of(known: Known, grid: Grid) -> Bits:
     if known.classes is None:
         return np.broadcast_to(np.uint8(0), (grid.positions, grid.units))
     return known.classes.reshape(grid.positions, -1) >> np.uint8(7)
+
+
+def contexts(grid: Grid, known: Known, events: Bits) -> Bits:
+    """Return the context of every weight inside its kernel."""
+    flat, signs = events.reshape(grid.positions, -1), signs_of(known, grid)
+    before, found = Before([grid.units]), np.empty(flat.shape, dtype=np.uint8)
+    for position, (own, minus) in enumerate(zip(flat, signs, strict=True)):
+        found[position] = before.contexts(minus)
+        before.count(own, minus)
+    return found.reshape(events.shape)
+
+
+def natural(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return logarithms, to the bit the same wherever numbers are added and divided alike."""
+    part, whole = np.frexp(values)
+    part = (part - 1) / (part + 1)
+    total = np.zeros_like(part)
+    for k in range(33, 0, -2):
+        total = total * (part * part) + 1 / k
+    return np.asarray(whole * math.log(2) + 2 * part * total, dtype=np.float64)

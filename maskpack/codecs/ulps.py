@@ -5,9 +5,9 @@ weights alike. So there is a table of sizes for each of up to 16 exponents; the 
 of a size, is noise and stands in bits as it is.
 """
 
-from collections.abc import Sequence, Sized
-from ctypes import byref, c_int64
-from functools import lru_cache
+import itertools
+from collections.abc import Sized
+from ctypes import byref, c_int32, c_int64
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -44,51 +44,56 @@ class Float(NamedTuple):
 
 
 FLOATS = (Float("F32", 23, np.uint32), Float("BF16", 7, np.uint16), Float("F16", 10, np.uint16))
-Tables = Sequence[Sequence[int]]  # for each context the number of the weight of each bucket
+BOUNDS = np.sqrt(WEIGHTS[1:-1] * WEIGHTS[2:])
+# bits of a symbol with so many slots, whose sums are exact
+LOGS = np.rint(65536 * (SLOT_BITS - np.log2(np.maximum(np.arange(SLOTS + 1), 1)))) / 65536
+HALVES = np.stack([np.arange(256) & 15, np.arange(256) >> 4], 1).astype(np.uint8)  # of each byte
+Tables = NDArray[np.uint8]  # (contexts, BUCKETS): of each context the number of the weight of each bucket
 
 
-def _sizes(tables: NDArray[np.int64]) -> NDArray[np.int64]:
+def _sizes(tables: Tables) -> NDArray[np.int64]:
     """Return the slots of each bucket of each table, (tables, BUCKETS)."""
     weights = WEIGHTS[tables]
-    sizes: NDArray[np.int64] = np.maximum(SLOTS * weights // np.maximum(weights.sum(1, keepdims=True), 1), 1) * (
-        weights > 0
-    )
+    sizes: NDArray[np.int64] = np.maximum(SLOTS * weights // weights.sum(1, keepdims=True), 1) * (weights > 0)
     sizes[np.arange(len(sizes)), weights.argmax(1)] += SLOTS - sizes.sum(1)
     return sizes
 
 
 def _entries(tables: Tables) -> NDArray[np.uint32]:
     """Return for each context and bucket: slots << 18 | first slot << 6 | bucket."""
-    return _entries_of(tuple(map(tuple, tables)))
-
-
-@lru_cache(1)  # what is coded is decoded next
-def _entries_of(tables: tuple[tuple[int, ...], ...]) -> NDArray[np.uint32]:
-    sizes = _sizes(np.array([[*table, *[0] * (BUCKETS - len(table))] for table in tables]))
+    if (library := native.library()) is not None:
+        entries = np.empty(tables.shape, np.uint32)
+        library.maskpack_steps_entries(c_int64(len(tables)), native.pointer(tables), native.pointer(entries))
+        return entries
+    sizes = _sizes(tables)
     found = sizes << 18 | (np.cumsum(sizes, 1) - sizes) << 6 | np.arange(BUCKETS)
     # behind the last slot there is no room for another first one
     return np.where(sizes > 0, found, 0).astype(np.uint32)
 
 
-def _nearest(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+def _nearest(counts: NDArray[np.int64]) -> Tables:
     """Return the table nearest to how often each bucket comes, of each row; where none does, all are in the first."""
     wanted = counts / np.maximum(counts.max(1, keepdims=True), 1) * WEIGHTS[-1]
-    bounds = np.sqrt(WEIGHTS[1:-1] * WEIGHTS[2:])
-    found = np.where(wanted > 0, np.searchsorted(bounds, wanted) + 1, 0)
+    found = np.where(wanted > 0, np.searchsorted(BOUNDS, wanted) + 1, 0).astype(np.uint8)
     found[~counts.any(1), 0] = 1
     return found
 
 
-def _bits(counts: NDArray[np.int64], tables: NDArray[np.int64]) -> list[float]:
-    """Return of each table what it takes to say which buckets come, these often, and the table itself."""
-    sizes, used = _sizes(tables), (tables > 0) * np.arange(1, BUCKETS + 1)
-    saying = -(counts * np.log2(np.where(counts > 0, sizes, SLOTS) / SLOTS)).sum(1)
+def _bits(counts: NDArray[np.int64], tables: Tables) -> list[float]:
+    """Return the bits that each table takes to code buckets of these counts, its own description included."""
+    used = (tables > 0) * np.arange(1, BUCKETS + 1)
+    saying = (counts * LOGS[np.where(counts > 0, _sizes(tables), SLOTS)]).sum(1)
     found: list[float] = (saying + 8 + 4 * used.max(1)).tolist()
     return found
 
 
-def _chosen(counts: NDArray[np.int64]) -> tuple[int, list[list[int]]]:
-    """Return the highest exponent and the tables, of as many contexts as are worth it."""
+def _chosen(counts: NDArray[np.int64]) -> tuple[int, Tables]:
+    """Return the highest exponent and the table of each context, with as many contexts as save bits."""
+    if (library := native.library()) is not None:
+        room, highest = np.empty((MOST_CONTEXTS + 1, BUCKETS), np.uint8), c_int32(0)
+        arrays = native.pointer(counts), native.pointer(BOUNDS), native.pointer(LOGS)
+        count = library.maskpack_steps_choose(*arrays, byref(highest), native.pointer(room))
+        return highest.value, room[:count]
     present = np.flatnonzero(counts.any(1))
     top, bottom = int(present[-1]), int(present[0])
     tried = [1, 2, 4, 8, 12, MOST_CONTEXTS]
@@ -99,8 +104,7 @@ def _chosen(counts: NDArray[np.int64]) -> tuple[int, list[list[int]]]:
     costs, last = _bits(rows, tables), len(alone)
     each = [sum(costs[: contexts - 1]) + costs[last + k] for k, contexts in enumerate(tried)]
     best = each.index(min(each))
-    chosen = [*tables[: tried[best] - 1], tables[last + best]]
-    return top, [row[: int(np.flatnonzero(row)[-1]) + 1].tolist() for row in chosen]
+    return top, tables[[*range(tried[best] - 1), last + best]]
 
 
 def _ordered(words: Words, sign: int) -> NDArray[np.int64]:
@@ -145,7 +149,7 @@ def encode(name: str, base: Words, values: Words) -> bytes:
     counts = np.zeros((EXPONENTS, BUCKETS), np.int64)
     if library is not None:
         kinds, room = np.empty(base.size, np.uint16), np.empty(base.nbytes + base.size // 8 + 16, np.uint8)
-        none = _given(kind, base, (), 0, np.zeros(0, np.uint32))
+        none = native.Steps(base.size, 0, 0, 0, base.itemsize, kind.mantissa, native.address(base))
         pointers = (native.pointer(one) for one in (values, counts, kinds, room))
         bits = room[: library.maskpack_steps_count(byref(none), *pointers)]
         top, tables = _chosen(counts)
@@ -158,10 +162,10 @@ def encode(name: str, base: Words, values: Words) -> bytes:
         top, tables = _chosen(counts)
         words, bits = _encoded(kind, base, values, top, _entries(tables))
     head = bytearray([number, top, len(tables)])
-    for table in tables:
-        nibbles = np.array([len(table) >> 4, len(table) & 15, *table], np.uint8)
-        nibbles = np.append(nibbles, np.zeros(nibbles.size % 2, np.uint8))
-        head += (nibbles[::2] | nibbles[1::2] << 4).tobytes()
+    for row in tables.tolist():
+        table = row[: max(bucket for bucket, number in enumerate(row, 1) if number)]
+        halves = [len(table) >> 4, len(table) & 15, *table, 0]
+        head += bytes(one | other << 4 for one, other in itertools.pairwise(halves[: len(halves) // 2 * 2]))[::2]
     return bytes(head) + varint(bits.size) + bits.tobytes() + words.astype("<u2").tobytes()
 
 
@@ -195,7 +199,7 @@ def kind_of(data: Bytes) -> Float:
 
 
 class Parsed(NamedTuple):
-    """What a payload of values says: the highest exponent, `_entries`, the rest bits, the words of the lanes."""
+    """A parsed payload of values: highest exponent, `_entries`, rest bits, and the words of the lanes."""
 
     kind: Float
     top: int
@@ -212,7 +216,7 @@ class Parsed(NamedTuple):
             if reader.rest().size:
                 raise CorruptAdapterError("a payload of no values goes on behind its first byte")
             return None
-        top, tables = reader.byte(), [_read_table(reader) for _ in range(_contexts(reader))]
+        top, tables = reader.byte(), _read_tables(reader)
         bits, rest = reader.take(reader.varint()), reader.rest()
         if rest.size % 2 or rest.size < 4 * lane_count(count):
             raise CorruptAdapterError(f"{rest.size} bytes of words are too few, or odd, for {count} stored values")
@@ -269,22 +273,21 @@ def _exchange(words: Words, bits: Bits, values: Words, put: bool) -> None:
         values[:] = words[zeros]
 
 
-def _contexts(reader: Reader) -> int:
+def _read_tables(reader: Reader) -> Tables:
     count = reader.byte()
     if not 1 <= count <= MOST_CONTEXTS:
         raise CorruptAdapterError(f"stored values have {count} tables, expected 1 to {MOST_CONTEXTS}")
-    return count
-
-
-def _read_table(reader: Reader) -> list[int]:
-    first = reader.byte()
-    count = (first & 15) << 4 | first >> 4
-    if not 1 <= count <= BUCKETS:
-        raise CorruptAdapterError(f"a table of stored values has {count} buckets, expected 1 to {BUCKETS}")
-    halves = [half for both in reader.take((count + 1) // 2).tolist() for half in (both & 15, both >> 4)]
-    if not any(halves[:count]) or any(halves[count:]):
-        raise CorruptAdapterError("a table of stored values is empty, or does not end where it says")
-    return halves[:count]
+    found = np.zeros((count, BUCKETS), np.uint8)
+    for table in found:
+        first = reader.byte()
+        size = (first & 15) << 4 | first >> 4
+        if not 1 <= size <= BUCKETS:
+            raise CorruptAdapterError(f"a table of stored values has {size} buckets, expected 1 to {BUCKETS}")
+        halves = HALVES[reader.take((size + 1) // 2)].reshape(-1)
+        if not halves[:size].any() or halves[size:].any():
+            raise CorruptAdapterError("a table of stored values is empty, or does not end where it says")
+        table[:size] = halves[:size]
+    return found
 
 
 def unlike() -> CorruptAdapterError:

@@ -14,7 +14,7 @@ from ..adapter.fields import PATH, TEXT, Check, integer, record, values
 from ..adapter.read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE, read_bytes
 from ..adapter.signature import Keys, Signed
 from ..errors import AdapterError, MaskpackError, SignatureError, StateError
-from ..safetensors_io import lock, replacing, strict_json
+from ..safetensors_io import lock, strict_json, write_file
 from .reference import COMMIT, Reference
 
 MOST = 1 << 53  # weights or bytes that a config file may state; more is no honest number
@@ -87,7 +87,7 @@ class RepositoryCache:
     ever removed, and nothing through a link.
     """
 
-    def __init__(self, repo_id: str, root: Path | None = None) -> None:
+    def __init__(self, repo_id: str, root: str | os.PathLike[str] | None = None) -> None:
         from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
 
@@ -108,9 +108,7 @@ class RepositoryCache:
         path = self.refs / revision
         if path.exists() and not path.is_file():
             _remove(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as (temporary,):
-            temporary.write_text(commit)
+        write_file(path, commit)
 
     def mend(self, revision: str = "main") -> None:
         """Remove what stands where the cache needs a folder and is none, and unfinished downloads.
@@ -190,8 +188,7 @@ def remember(keys: Iterable[str], name: str, counter: int) -> None:
             for key in keys:
                 names = known.setdefault(key, {})
                 names[name] = max(counter, names.get(name, 0))
-            with replacing(path) as (temporary,):
-                temporary.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+            write_file(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
     except (OSError, MaskpackError) as error:
         what = f"{name} is at the signed version {counter}, so an older one will not be noticed"
         log.warning("cannot remember that %s: %s", what, error)

@@ -1,4 +1,4 @@
-"""The client of the Hub: the one place where it is called, passing faults are retried, and errors become ours."""
+"""Calls to the Hub: transient faults are retried, and the client's errors become maskpack's."""
 
 import logging
 import re

@@ -15,7 +15,7 @@ from ..adapter.read import CONFIG_FILE, MODEL_FILE, Adapter, parse_adapter, read
 from ..adapter.signature import Contents, Keys, Signed, parse_signed, read_signatures, signature_path, trusted_keys
 from ..errors import AdapterError, CorruptAdapterError, HubError, HubUnreachableError, MaskpackError, SignatureError
 from ..network import hides_secrets
-from ..safetensors_io import replacing
+from ..safetensors_io import write_file
 from .cache import RepositoryCache, check_newest
 from .client import ATTEMPTS, OFFLINE, Session
 from .reference import COMMIT, FILES, LIMITS, Reference, parse_reference, read_card, write_files
@@ -209,7 +209,7 @@ def open_adapter(
     if reference.path is not None:
         return open_local(reference.path, keys)
     session = Session(f"pull {reference}", token, reference)
-    store = RepositoryCache(str(reference.repo_id), None if cache_dir is None else Path(cache_dir))
+    store = RepositoryCache(str(reference.repo_id), cache_dir)
     offline = local_files_only or session.offline
     if require_revision:
         _check_is_no_branch(session, reference, offline)
@@ -243,11 +243,8 @@ def earlier_adapters(newest: Adapter, **options: Unpack[PullOptions]) -> Iterato
 
 def _version(session: Session, commit: str, options: PullOptions) -> Adapter:
     """Return the adapter at a commit from its model file alone, which has its own digests; it stays in the cache."""
-    (repo_id, cache), name = (
-        (str(session.reference and session.reference.repo_id), options.get("cache_dir")),
-        MODEL_FILE,
-    )
-    snapshot = Snapshot(session, RepositoryCache(repo_id, None if cache is None else Path(cache)), commit)
+    repo_id, name = str(session.reference and session.reference.repo_id), MODEL_FILE
+    snapshot = Snapshot(session, RepositoryCache(repo_id, options.get("cache_dir")), commit)
     path, signed = snapshot.store.snapshots / commit / name, trusted_keys(options.get("require_signature")) is not None
     there, found = os.path.lexists(path), None
     with suppress(AdapterError, HubError):  # a damaged file is fetched again by what follows
@@ -258,9 +255,7 @@ def _version(session: Session, commit: str, options: PullOptions) -> Adapter:
         content = session.call(partial(session.content, repo_id, name, commit, LIMITS[name]))
         found = parse_adapter(memoryview(content), path)
         with suppress(OSError, MaskpackError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as (temporary,):
-                temporary.write_bytes(content)
+            write_file(path, content)
     found.pinned = f"{repo_id}@{commit}"
     return found
 

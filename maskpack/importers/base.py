@@ -138,7 +138,7 @@ def exact(path: Path, names: Iterable[str], make: Callable[[str], Tensor], base:
 
 
 def _change(tensor: Tensor, weight: Tensor) -> tuple[PackedMask, Tensor]:
-    """Return which weights stay, and what stands in the place of the others."""
+    """Return the mask of the weights that are equal, and the new values of the others."""
     same = torch.cat([one == other for one, other in _pieces(tensor, weight)]) if tensor.numel() else torch.ones(0) > 0
     if int(same.count_nonzero()) < (1 - DENSE) * same.numel():
         same = torch.zeros_like(same)

@@ -14,13 +14,13 @@ import zstandard
 from torch import Tensor, nn
 
 from ..backbone.load import COUNTER
+from ..backbone.model import STATISTICS
 from ..errors import BackboneMismatchError, ConfigError, CorruptAdapterError, DataError
 from ..mask import MaskSet, PackedMask
-from ..safetensors_io import MAX_HEADER, NAMES, Made, TensorFile, open_tensors, strict_json, tensor_of
+from ..safetensors_io import MAX_HEADER, NAMES, Made, TensorFile, strict_json, tensor_of
 from .base import IMPORTERS, Found, Imported, exact, known, match, same_bits
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-STATISTICS = ("running_mean", "running_var")
 
 
 @IMPORTERS.register
@@ -37,7 +37,11 @@ class Checkpoint:
         Parameters of the backbone take the dtypes of the file where they lose nothing by it, since a backbone may have
         been loaded in float32 whatever its own file holds.
         """
-        tensors = open_tensors(path)
+        tensors = TensorFile(path)
+        if [*tensors] == ["maskpack"]:
+            raise DataError(
+                f"{path} is an adapter, expected a checkpoint; `maskpack export` writes the checkpoint that it makes"
+            )
         stored, problems = _stored(path, tensors, base)
         statistics = dict[str, Tensor]()
         for name, place in stored.items():

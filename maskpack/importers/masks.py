@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..backbone.model import same_size_int
 from ..errors import BackboneMismatchError, ConfigError, DataError
 from ..mask import PackedMask, Shape
-from ..safetensors_io import TensorFile, open_tensors
+from ..safetensors_io import TensorFile
 from .base import IMPORTERS, STEP, Found, check_shape, known, match
 
 
@@ -31,7 +31,7 @@ class Masks:
 
     @staticmethod
     def open(path: Path, base: Mapping[str, Tensor]) -> Found:
-        tensors = open_tensors(path)
+        tensors = TensorFile(path)
 
         def make(name: str) -> PackedMask:
             try:
@@ -126,7 +126,7 @@ class Zeros:
 
     @staticmethod
     def open(path: Path, base: Mapping[str, Tensor]) -> Found:
-        tensors = open_tensors(path)
+        tensors = TensorFile(path)
         return zeros_of(path, tensors, partial(read_weights, tensors), base)
 
 
@@ -141,7 +141,7 @@ class Prune:
 
     @staticmethod
     def open(path: Path, base: Mapping[str, Tensor]) -> Found:
-        tensors = open_tensors(path)
+        tensors = TensorFile(path)
         own = match(path, tensors, base)  # a backbone may have tensors of its own whose names end alike
         stems = {name.removesuffix("_mask"): name for name in tensors if name.endswith("_mask") and name not in own}
         if not stems:
@@ -185,7 +185,7 @@ class CompressedTensors:
 
     @staticmethod
     def open(path: Path, base: Mapping[str, Tensor]) -> Found:
-        tensors = open_tensors(path)
+        tensors = TensorFile(path)
         stems = {name.removesuffix(".bitmask") for name in tensors if name.endswith(".bitmask")}
         if not stems:
             raise DataError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackboneMismatchError, DataError
-from ..safetensors_io import DTYPES, open_tensors, tensor_of
+from ..safetensors_io import DTYPES, TensorFile, tensor_of
 from .base import IMPORTERS, Found, check_shape, exact, known, match
 
 BITS = 32  # packed into a number of BitDelta
@@ -85,7 +85,7 @@ class Shira:
 
     @staticmethod
     def open(path: Path, base: Mapping[str, Tensor]) -> Found:
-        tensors = open_tensors(path)
+        tensors = TensorFile(path)
         matrices = {name.removesuffix(WEIGHT) + ".weight" for name in tensors if name.endswith(WEIGHT)}
         if not matrices:
             raise DataError(f"{path} has no tensors of SHiRA (X{WEIGHT} and X{PLACES}); give what PEFT saved of one")
@@ -155,7 +155,7 @@ def task_of(path: Path) -> tuple[Path, str]:
 
 
 def added(path: Path, names: Iterable[str], make: Callable[[str, Tensor], Tensor], base: Mapping[str, Tensor]) -> Found:
-    """Return the change that a file makes; `make` gives the new tensor of a name of the file from the base's.
+    """Return the change that a file makes; `make` computes a new tensor from its name in the file and the base's.
 
     Raises:
         BackboneMismatchError: if the backbone lacks one of the names.

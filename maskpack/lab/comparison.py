@@ -8,14 +8,14 @@ from statistics import mean, stdev
 from typing import Any
 
 from .. import errors
-from ..backbone.fingerprint import fingerprint
 from ..backbone.load import load_backbone
 from ..errors import ConfigError, StateError, TrainingError
 from ..preprocess import preprocess_to_json
-from ..safetensors_io import replacing
+from ..safetensors_io import write_file
 from ..training.config import TrainConfig
 from ..training.data.base import load_data
 from ..training.evaluate import table
+from ..training.learn import base_of
 from ..training.objectives.base import SELF_SUPERVISED, check_data, find_objective
 from ..training.run_folder import Report, claim, locked, stopping, write_json
 from ..training.stored import batchnorm_statistics
@@ -72,6 +72,15 @@ def compare(
     Raises:
         StateError: if `output` holds a comparison with other settings, or another process writes into it.
         StoppedError: after SIGTERM or SIGUSR1, in the main thread. Others: of wrong settings, and of the baselines.
+
+    Example:
+        found = compare(
+            {"reference": "backbone.py:digits_cnn", "weights": "backbone.safetensors"},
+            {"reference": "digits:5-9"},
+            "./comparison",
+            baselines=["knn", "probe"],
+        )
+        print(found["rows"][0]["method"], found["rows"][0]["accuracy"])
     """
     config, folder, given = config or TrainConfig(), Path(output), dict(rates or {})
     backbone, data = _plain(backbone), _plain(data)
@@ -90,9 +99,8 @@ def compare(
     if not all(one.needs_labels for one in found.values()) and not (folder / COMPARISON).exists():
         # a wrong option is seen before the folder is bound to it
         plan_training(model, unlabelled, replace(config, objective=SELF_SUPERVISED))
-    base = fingerprint(model.model, id=model.id, head=model.outside)
     about = {
-        "backbone": {"id": model.id, "digest": base.digests[base.dtype], "head": model.head},
+        "backbone": {"id": model.id, "digest": base_of(model).digest, "head": model.head},
         "preprocess": preprocess_to_json(model.preprocess),
         "data": {"id": examples.id, "digest": examples.digest, "classes": len(examples.class_names)},
         "settings": shared_settings(config),
@@ -119,8 +127,7 @@ def compare(
                 results += [{**row, "bn": bn, "search": tried} for row in rows]
                 if not trials.waiting:
                     write_json(folder / RESULT, {**about, "rows": results})
-                    with replacing(folder / TABLE) as (temporary,):
-                        temporary.write_text(markdown(results), encoding="utf-8")
+                    write_file(folder / TABLE, markdown(results))
     return {**about, "rows": results, **({"waiting": trials.waiting} if trials.waiting else {})}
 
 
@@ -256,7 +263,6 @@ class Trials:
     def _in_process(self, job: Job, part: str) -> dict[str, Any]:
         """Run a job in a process of its own, pass on what it reports, and return its result."""
         path = Path(job.folder) / "job.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(job))
         result: dict[str, Any] = {}
         failed: errors.MaskpackError | None = None

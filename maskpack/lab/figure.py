@@ -1,4 +1,4 @@
-"""What all pictures share: style, rows by layer, matrices, curves, and files whose bytes follow from the figure."""
+"""Common parts of all pictures: style, rows by layer, matrices, curves, and reproducible files."""
 
 import io
 import math
@@ -51,6 +51,9 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
     """Write a figure as PNG or SVG, by the suffix; the same figure gives the same bytes with the same matplotlib.
 
     Text in an SVG file stays text. Whatever goes wrong, what `path` had stays.
+
+    Example:
+        save_figure(density_figure({"mask": [{"conv1.weight": 0.9}]}), "density.svg")
     """
     import matplotlib
 
@@ -73,7 +76,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def plain_axes(axes: "Axes", *, grid: "Literal['x', 'y', 'both'] | None" = None) -> None:
-    """Leave of a frame the two lines that are scales, and give `grid` ("x", "y" or "both") faint lines."""
+    """Remove the top and right lines of a frame, and draw a faint grid along `grid` ("x", "y" or "both")."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(which="both", labelsize=SMALL)
     axes.set_axisbelow(True)

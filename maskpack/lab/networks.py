@@ -19,7 +19,7 @@ from ..errors import AdapterError, ConfigError, DataError, StateError
 from ..mask import MaskSet
 from ..runtime.apply import applied, unload_mask
 from ..runtime.load import load_adapter, load_mask
-from ..safetensors_io import open_tensors, read_tensors, write_tensors
+from ..safetensors_io import TensorFile, read_tensors, write_tensors
 from ..training.data.base import Data, Examples, loader, readable
 from ..training.evaluate import as_loaded
 from ..training.features import digest_of, inputs_content
@@ -40,6 +40,9 @@ def grouped(module: nn.Module, per: Per = "module", names: Iterable[str] | None 
     layers with parameters, and parameters of modules that have layers of their own, stand alone. A block is all modules
     whose names begin alike up to the first part that is a number, as in `layer1.0` or `encoder.layer.3`; a module
     without a number in its name is a block.
+
+    Example:
+        blocks = grouped(model, "block")  # {"conv1": ["conv1.weight", "bn1.weight", …], …}
     """
     if per not in PER:
         raise ConfigError(f"per must be one of {', '.join(PER)}, got {per!r}")
@@ -154,7 +157,7 @@ def write_network(path: str | Path, state: State) -> None:
 
 def is_adapter(reference: str) -> bool:
     """Return True if a reference is to an adapter, False if it is to a safetensors file of weights."""
-    return not reference.endswith(".safetensors") or TENSOR in open_tensors(reference)
+    return not reference.endswith(".safetensors") or TENSOR in TensorFile(reference)
 
 
 def read_networks(
@@ -170,6 +173,10 @@ def read_networks(
 
     Returns:
         The backbone as the adapters use it (preprocessing, head), a classifier that states are put into, the networks.
+
+    Example:
+        named = [("first", "./my-mask"), ("second", "./other-mask")]
+        backbone, classifier, networks = read_networks(backbone, named)
     """
     if applied(backbone.model) is not None:
         raise StateError("the model has a mask loaded, and networks start from the base; call unload_mask(model) first")
@@ -302,6 +309,10 @@ class Evaluations:
         data: with a training split if there is BatchNorm.
         split: "test" or "train". limit: at most so many of its rows, drawn by seed 0.
         folder: for the JSON file of each evaluation; None: nothing is kept.
+
+    Example:
+        evaluations = Evaluations(classifier, backbone, data, limit=100)
+        print(evaluations.of(networks[0].state)["accuracy"])
     """
 
     def __init__(

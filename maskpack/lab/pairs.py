@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..algebra import overlaps
 from ..backbone.classifier import Classifier, Inputs, predictions
 from ..backbone.model import canonical
 from ..errors import ConfigError
@@ -55,6 +56,10 @@ def barrier(
 
     Return {"points": {"t", "accuracy", "loss"} of each, "barrier": the most that accuracy lies below the straight line
     between those of the ends, 0 or more, "loss_barrier": the same of the loss, above that line}.
+
+    Example:
+        found = barrier(evaluations, networks[0].state, networks[1].state, points=3)
+        print(found["barrier"], found["points"][1]["accuracy"])
     """
     if points < 3:
         raise ConfigError(f"a barrier needs at least 3 points, the ends and one between them; got {points}")
@@ -82,6 +87,9 @@ def barriers(
 
     Return {"networks": {"network", "kind", "accuracy", "loss"}, "pairs": as of `each_pair`, with what `barrier` gives,
     "deviations": sample deviation of the accuracies of each kind with several networks}.
+
+    Example:
+        barrier_figure(barriers(evaluations, networks, points=3)["pairs"])
     """
     done, of = count(1), math.comb(len(networks), 2) * points
 
@@ -110,16 +118,14 @@ def common_mistakes(first: Tensor, second: Tensor) -> dict[str, Any]:
     """
     if first.shape != second.shape or not len(first):
         raise ConfigError(f"mistakes are compared on the same examples, got {len(first)} and {len(second)}")
-    a, b = ~first.bool(), ~second.bool()
-    both, either, rows = int((a & b).sum()), int((a | b).sum()), len(a)
-    p, q = int(a.sum()) / rows, int(b.sum()) / rows
-    chance, agreed = p * q + (1 - p) * (1 - q), float((a == b).double().mean())
+    one, other = (MaskSet.from_tensors({"": right.bool()}) for right in (first, second))
+    found = dict(overlaps(one, other))[""]
     return {
-        "both": both,
-        "only_first": int((a & ~b).sum()),
-        "only_second": int((b & ~a).sum()),
-        "overlap": both / either if either else None,
-        "kappa": (agreed - chance) / (1 - chance) if chance < 1 else None,
+        "both": found.neither,
+        "only_first": found.second_only,
+        "only_second": found.first_only,
+        "overlap": found.jaccard,
+        "kappa": found.kappa,
     }
 
 
@@ -128,6 +134,10 @@ def mistakes(evaluations: Evaluations, networks: Sequence[Network], report: Prog
 
     Return {"networks": {"network", "kind", "accuracy"}, "pairs": as of `each_pair`, with what `common_mistakes` gives,
     "examples"}.
+
+    Example:
+        found = mistakes(evaluations, networks)
+        mistakes_figure([one.name for one in networks], found["pairs"])
     """
     with kept(evaluations.module):
         found = [evaluations.of(one.state, rows=True) for one in counted(networks, report)]
@@ -146,6 +156,10 @@ def mistakes(evaluations: Evaluations, networks: Sequence[Network], report: Prog
 def distances(networks: Sequence[Network], groups: Mapping[str, Sequence[str]], base: State) -> list[dict[str, Any]]:
     """Return for every pair of networks {"first", "second", "kinds", "parameters": as `parameter_distance`} and, if
     both are masks, "masks": as `mask_distance`. `base`: parameters of the backbone.
+
+    Example:
+        pairs = distances(networks, grouped(classifier), networks[0].initial)
+        print(pairs[0]["parameters"])
     """
 
     def apart(first: Network, second: Network) -> dict[str, Any]:
@@ -240,6 +254,10 @@ def similarities(
 
     `names` are as of `grouped`; those without an output, and the head, are left out. Return {"layers": names in order,
     "pairs": [{"first", "second", "kinds", "cka": of each layer}], "examples"}.
+
+    Example:
+        found = similarities(evaluations, networks, grouped(classifier))
+        similarity_figure(found["layers"], found["pairs"])
     """
     module = evaluations.module
     head = module.embedding.module if isinstance(module, Classifier) else None
@@ -291,7 +309,7 @@ def _computed(evaluations: Evaluations, state: State, layers: Sequence[str]) -> 
 
 
 def _pooled(output: Any, attention: Tensor | None) -> Tensor:
-    """One vector for each example of what a module puts out: a tensor, or what starts with one."""
+    """Return one vector for each example from a module's output: a tensor, or a collection that starts with one."""
     while not isinstance(output, Tensor):
         output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
     if output.ndim == 4:
@@ -370,6 +388,12 @@ def criticality(
         the trained module bears, as one of the scales, None if none of them, and "criticality": the least
         a² distance² / sigma² over the points and scales that are borne, None if none is; beside the rows "criticality"
         is their sum, None if one is None.
+
+    Example:
+        network = networks[0]
+        modules = grouped(classifier, names=network.initial)
+        found = criticality(evaluations, network.state, network.initial, modules)
+        criticality_figure(found["rows"])
     """
     if points < 1:
         raise ConfigError(f"points must be at least 1, got {points}")

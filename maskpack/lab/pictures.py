@@ -3,16 +3,16 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from bitarray.util import count_xor
 from torch import Tensor
 
+from ..algebra import Overlap, common_shapes, overlaps
 from ..errors import ConfigError
-from ..mask import MaskSet, packed_bits
+from ..mask import MaskSet, PackedMask, packed_bits
 from .figure import (
     COLOURS,
     LEGEND,
@@ -65,6 +65,9 @@ def density_figure(groups: Mapping[str, Sequence[Mapping[str, float]]]) -> "Figu
     Args:
         groups: name of a series -> adapters, each density (0 to 1) by parameter name. A parameter that an adapter
             does not mask is left out of the mean.
+
+    Example:
+        density_figure({"mask": [{"conv1.weight": 0.9, "conv2.weight": 0.8}]})
     """
     names = in_order({name for adapters in groups.values() for one in adapters for name in one})
     _check_some(names, "masked parameter", "adapters that have masks")
@@ -95,6 +98,9 @@ def score_figure(scores: Mapping[str, Tensor], threshold: float | None = None) -
     Args:
         scores: by parameter name, of any shape.
         threshold: where to draw the line above which a weight is kept; None for methods without one.
+
+    Example:
+        score_figure({"conv1.weight": torch.randn(8, 3, 3, 3)}, threshold=0.0)
     """
     names = in_order(name for name, values in scores.items() if values.numel())
     if not names:
@@ -146,6 +152,9 @@ def agreement(masks: Mapping[str, MaskSet]) -> tuple[Matrix, Matrix]:
         / (1 - expected), where two masks of densities d₁ and d₂ in a parameter, drawn independently, are expected to
         agree on d₁d₂ + (1 - d₁)(1 - d₂) of its weights (the kappa of Cohen, 1960, with the chance of each parameter).
         It is 1 for equal masks, 0 for unrelated ones, and NaN where chance explains all.
+
+    Example:
+        shares, beyond_chance = agreement({"first": first, "second": second})
     """
     if len(masks) < 2:
         raise ConfigError(f"an overlap needs at least two masks, got {len(masks)}")
@@ -157,26 +166,23 @@ def agreement(masks: Mapping[str, MaskSet]) -> tuple[Matrix, Matrix]:
                 f"{first} and {name} mask other parameters: {len(differing)} differ, first {differing[0]!r}; compare "
                 f"masks of one backbone with the same selection"
             )
-    total = sum(math.prod(shape) for shape in shapes.values())
-    if not total:
-        raise ConfigError(f"the masks of {first} have no weights to compare")
-    count = len(masks)
-    agreed, expected = np.full((count, count), float(total)), np.zeros((count, count))
-    for parameter in shapes:
-        bits = [one[parameter].bits for one in masks.values()]
-        density = np.array([one.count() / max(len(one), 1) for one in bits])
-        expected += len(bits[0]) * (np.outer(density, density) + np.outer(1 - density, 1 - density))
-        for i, j in combinations(range(count), 2):
-            differ = count_xor(bits[i], bits[j])
-            agreed[i, j] -= differ
-            agreed[j, i] -= differ
-    room = total - expected
-    beyond = np.divide(agreed - expected, room, out=np.full_like(room, np.nan), where=room > 1e-9 * total)
-    return agreed / total, beyond
+    bits = [MaskSet({name: PackedMask(own.bits, own.shape) for name, own in one.items()}) for one in masks.values()]
+    shares, beyond = np.eye(len(bits)), np.eye(len(bits))
+    for i, j in combinations_with_replacement(range(len(bits)), 2):
+        common = sum((one for _, one in overlaps(bits[i], bits[j])), Overlap())
+        if not common.weights:
+            raise ConfigError(f"the masks of {first} have no weights to compare")
+        shares[i, j] = shares[j, i] = 1 - common.share
+        beyond[i, j] = beyond[j, i] = np.nan if common.kappa is None else common.kappa
+    return shares, beyond
 
 
 def overlap_figure(masks: Mapping[str, MaskSet]) -> "Figure":
-    """Draw the two matrices of `agreement` beside each other."""
+    """Draw the two matrices of `agreement` beside each other.
+
+    Example:
+        overlap_figure({"first": first, "second": second, "third": third})
+    """
     shares, beyond = agreement(masks)
     panels = {
         "agreement\n(share of the weights)": (shares, min(float(shares.min()), 0.99)),
@@ -204,13 +210,11 @@ def users(masks: Mapping[str, MaskSet]) -> dict[str, list[int]]:
 
     A mask is read as the set of features that its task uses; a parameter that a task does not mask is used whole.
     """
-    names = in_order({name for one in masks.values() for name in one})
+    names = in_order(common_shapes(list(masks.values()), "keep"))
     _check_some(names, "masked parameter", "adapters that have masks")
     found = {}
     for name in names:
         own = [one[name] for one in masks.values() if name in one]
-        if len({one.shape for one in own}) > 1:
-            raise ConfigError(f"the masks of {name!r} have different shapes; give masks of one backbone")
         used = np.full(len(own[0].bits), len(masks) - len(own))
         for one in own:
             used += np.unpackbits(packed_bits(one.bits), count=len(one.bits), bitorder="little")
@@ -219,7 +223,11 @@ def users(masks: Mapping[str, MaskSet]) -> dict[str, list[int]]:
 
 
 def feature_figure(counts: Mapping[str, Sequence[int]]) -> "Figure":
-    """Draw for each parameter the shares of its weights that no task, one task, …, all tasks use: see `users`."""
+    """Draw for each parameter the shares of its weights that no task, one task, …, all tasks use: see `users`.
+
+    Example:
+        feature_figure({"conv1.weight": [20, 30, 50]})  # of three tasks none, one and two use so many weights
+    """
     names = list(counts)
     tasks = len(counts[names[0]]) - 1
     figure, axes = draw_rows(names)
@@ -245,6 +253,10 @@ def gate_figure(history: Mapping[str, Any]) -> "Figure":
 
     Args:
         history: what is in `histograms.json` of a gated run.
+
+    Example:
+        row = {"step": 10, "gates": {"task": {"fc": [3, 5]}}, "weights": {"task": {"fc": [4, 4]}}}
+        gate_figure({"weight_end": 0.5, "rows": [row]})
     """
     kinds = {"gates": "gate", "weights": "effective weight"}
     try:
@@ -284,7 +296,11 @@ def over_time(rows: list[Any], kind: str, task: str) -> Matrix:
 
 
 def bytes_figure(curves: Mapping[str, Curve]) -> "Figure":
-    """Draw accuracies (0 to 1) over bytes, a series for each method; up and to the left is better."""
+    """Draw accuracies (0 to 1) over bytes, a series for each method; up and to the left is better.
+
+    Example:
+        bytes_figure({"mask": [(5_000, 0.81, 0.01), (20_000, 0.84, 0.01)], "probe": [(900, 0.67, None)]})
+    """
     figure, axes = _over(curves, "bytes", "bytes stored beside the backbone")
     axes.xaxis.set_major_formatter(_bytes)
     axes.xaxis.set_minor_formatter("")
@@ -301,7 +317,11 @@ def _bytes(value: float, _: object = None) -> str:
 
 
 def label_figure(curves: Mapping[str, Curve]) -> "Figure":
-    """Draw accuracies (0 to 1) over shares of the labels (above 0, to 1), a series for each method."""
+    """Draw accuracies (0 to 1) over shares of the labels (above 0, to 1), a series for each method.
+
+    Example:
+        label_figure({"mask": [(0.01, 0.52, 0.03), (1.0, 0.84, 0.01)], "probe": [(0.01, 0.5, None)]})
+    """
     figure, axes = _over(curves, "share of labels", "share of the training labels")
     shares = sorted({point[0] for one in curves.values() for point in one})
     if shares[-1] > 1:
@@ -311,7 +331,12 @@ def label_figure(curves: Mapping[str, Curve]) -> "Figure":
 
 
 def shuffle_figure(rows: Rows) -> "Figure":
-    """Draw accuracies (0 to 1) over the side of the blocks, a series for each start; `rows` as of `feature_reuse`."""
+    """Draw accuracies (0 to 1) over the side of the blocks, a series for each start; `rows` as of `feature_reuse`.
+
+    Example:
+        row = {"start": "random", "block": 8, "accuracy": 0.81, "deviation": None}
+        shuffle_figure([row, {**row, "block": 1, "accuracy": 0.4}])
+    """
     starts: dict[str, list[tuple[float, float, float | None]]] = {}
     for row in rows:
         starts.setdefault(f"{row['start']} start", []).append((row["block"], row["accuracy"], row["deviation"]))
@@ -358,7 +383,11 @@ def _over(curves: Mapping[str, Curve], quantity: str, words: str) -> "tuple[Figu
 
 
 def checkpoint_figure(rows: Rows) -> "Figure":
-    """Draw accuracies on the target and of pretraining over the checkpoints; `rows` as of `from_checkpoints`."""
+    """Draw accuracies on the target and of pretraining over the checkpoints; `rows` as of `from_checkpoints`.
+
+    Example:
+        checkpoint_figure([{"checkpoint": "epoch-1", "accuracy": 0.7, "deviation": None, "pretraining": 0.5}])
+    """
     _check_some(rows, "checkpoint", "what an analysis of checkpoints measured")
     before = [(at, row["pretraining"], None) for at, row in enumerate(rows) if row["pretraining"] is not None]
     target = [(at, row["accuracy"], row["deviation"]) for at, row in enumerate(rows)]
@@ -374,6 +403,9 @@ def confusion_figure(counts: Sequence[Sequence[int]], class_names: Sequence[str]
     """Draw counts of examples, (classes, classes), by true class (row) and predicted class (column).
 
     A square's shade tells its share of the row, so that rare classes are seen as well as frequent ones.
+
+    Example:
+        confusion_figure([[48, 2], [5, 45]], ["daisy", "rose"])
     """
     classes = len(class_names)
     if not 0 < classes <= MOST:
@@ -391,12 +423,18 @@ def confusion_figure(counts: Sequence[Sequence[int]], class_names: Sequence[str]
     texts = [[f"{count:.0f}" if count else "" for count in row] for row in found]
     image = draw_matrix(axes, shares, class_names, side, (0, 1), texts if numbered else None, 0.5)
     axes.set(xlabel="predicted class", ylabel="true class")
+    right, total = found.trace(), found.sum()
+    axes.set_title(f"{right:,.0f} of {total:,.0f} right: {100 * right / max(total, 1):.2f} %", fontsize="medium")
     add_scale(figure, image, axes, "share of the true class", shrink=min(1.0, 3 / (side * classes)), aspect=12)
     return figure
 
 
 def cluster_figure(points: Sequence[Sequence[float]], expert: Sequence[int]) -> "Figure":
-    """Draw samples at the first two principal components of their embeddings, (N, 2), coloured by expert, (N,)."""
+    """Draw samples at the first two principal components of their embeddings, (N, 2), coloured by expert, (N,).
+
+    Example:
+        cluster_figure([[0.1, 2.0], [1.5, -0.3], [1.7, 0.2]], [0, 1, 1])
+    """
     if not len(points) or len(points) != len(expert):
         raise ConfigError(f"a cluster map needs an expert for each point; got {len(points)} and {len(expert)} experts")
     places = numbers(points, 2, "the points of a cluster map")
@@ -423,6 +461,9 @@ def criticality_figure(rows: Rows) -> "Figure":
     """Draw a bar for each module: the accuracy that is lost; and beside it, if there is one, its direct path.
 
     `rows` are as of `criticality`, drawn from the top in this order.
+
+    Example:
+        criticality_figure([{"module": "conv1", "drop": 0.4}, {"module": "conv2", "drop": 0.1}])
     """
     _check_some(rows, "module", "rows of a criticality analysis")
     figure = new_figure(8, 1.2 + height_of(len(rows)))
@@ -448,7 +489,11 @@ def criticality_figure(rows: Rows) -> "Figure":
 
 
 def mistakes_figure(names: Sequence[str], pairs: Rows) -> "Figure":
-    """Draw overlap of errors and Cohen's kappa as two matrices; `pairs` as of `mistakes`."""
+    """Draw overlap of errors and Cohen's kappa as two matrices; `pairs` as of `mistakes`.
+
+    Example:
+        mistakes_figure(["a", "b"], [{"first": "a", "second": "b", "overlap": 0.4, "kappa": 0.3}])
+    """
     _check_some(pairs, "pair of networks", "what an analysis of mistakes measured")
     titles = {
         "overlap": "overlap of errors\n(wrong in both / in any)",
@@ -465,7 +510,12 @@ def mistakes_figure(names: Sequence[str], pairs: Rows) -> "Figure":
 
 
 def barrier_figure(pairs: Rows) -> "Figure":
-    """Draw a line for each pair of networks; pairs of the same kinds have one colour. `pairs` as of `barriers`."""
+    """Draw a line for each pair of networks; pairs of the same kinds have one colour. `pairs` as of `barriers`.
+
+    Example:
+        ends = [{"t": 0.0, "accuracy": 0.84}, {"t": 1.0, "accuracy": 0.83}]
+        barrier_figure([{"kinds": "mask - mask", "points": [ends[0], {"t": 0.5, "accuracy": 0.61}, ends[1]]}])
+    """
     _check_some(pairs, "pair of networks", "what a barrier analysis measured")
     curves: list[tuple[str, Curve, Mapping[str, Any]]] = []
     kinds: list[str] = []
@@ -486,6 +536,9 @@ def similarity_figure(layers: Sequence[str], pairs: Rows) -> "Figure":
 
     Args:
         layers, pairs: as of `similarities`.
+
+    Example:
+        similarity_figure(["conv1", "conv2"], [{"kinds": "mask - full", "cka": [0.99, 0.81]}])
     """
     _check_some(layers and pairs, "layer or no pair of networks", "what a similarity analysis measured")
     found: dict[str, dict[int, list[float]]] = {}

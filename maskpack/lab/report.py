@@ -23,6 +23,7 @@ from ..runtime.load import load_mask
 from ..training.data.base import Data
 from ..training.evaluate import adapter_logits
 from ..training.features import by_class
+from ..training.progress import readable
 from .figure import in_order
 
 PAGE = """
@@ -77,6 +78,10 @@ def adapter_report(
     Raises:
         CorruptAdapterError: if a mask does not decode to what the file states.
         ConfigError, DataError, AdapterError: if the adapter cannot be measured on the data.
+
+    Example:
+        page = adapter_report(load_adapter("./my-mask"))
+        Path("my-mask.html").write_text(page, encoding="utf-8")
     """
     if data is not None and backbone is None:
         raise ConfigError("the adapter is measured on data by its backbone, and none is given; give it beside the data")
@@ -187,7 +192,8 @@ def _is_number(value: object) -> bool:
 
 
 def _figure(name: str, value: float) -> str:
-    return f"{100 * value:.2f} %" if "accuracy" in name or "over_probe" in name else f"{value:.4g}"
+    text = readable(value, name)
+    return text if text.endswith(("%", "points")) else f"{value:.4g}"
 
 
 def _curve(name: str, points: Points) -> str:

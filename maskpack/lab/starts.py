@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone, load_backbone
 from ..errors import ConfigError, DataError, StateError
 from ..preprocess import ImagePreprocess
@@ -18,6 +17,7 @@ from ..training.config import TrainConfig
 from ..training.data.base import Data
 from ..training.evaluate import held_out_accuracy
 from ..training.features import digest_of
+from ..training.learn import base_of
 from ..training.run_folder import Report, claim, tagged
 from .baselines.base import Trial, find_baseline
 from .trial import check_each_once, measure, measured, shared_settings, splits
@@ -63,7 +63,7 @@ class Trainings:
 
     def train(self, part: str, backbone: Backbone, config: TrainConfig) -> float:
         """Return the test accuracy of one training. It goes on if it was interrupted. The backbone is used up."""
-        folder, start = self.folder / part, _digest(backbone)
+        folder, start = self.folder / part, base_of(backbone).digest
 
         def fit() -> dict[str, Any]:
             folder.mkdir(parents=True, exist_ok=True)
@@ -82,11 +82,6 @@ class Trainings:
         if self.report is not None:
             self.report({"event": "trial", "part": part, "accuracy": result["accuracy"]})
         return float(result["accuracy"])
-
-
-def _digest(backbone: Backbone) -> str:
-    base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
-    return base.digests[base.dtype]
 
 
 def feature_reuse(
@@ -116,6 +111,12 @@ def feature_reuse(
     Returns:
         {"size", "rows": {"start", "block", "accuracy": mean, "deviation", "accuracies", "seeds"}, "gains": {"block",
         "gain": mean accuracy of pretrained starts less that of random ones}}.
+
+    Example:
+        start = {"reference": "backbone.py:digits_cnn", "weights": "backbone.safetensors"}
+        config = TrainConfig(steps=10)
+        found = feature_reuse(start, load_data("digits:5-9"), "./reuse", config=config, blocks=[8, 1])
+        shuffle_figure(found["rows"])
     """
     first, trainings = load_backbone(**backbone), Trainings(Path(output), baseline, data, config, seeds, report)
     if not isinstance(first.preprocess, ImagePreprocess):
@@ -166,7 +167,7 @@ def block_order(size: int, block: int, seed: int = 0) -> Tensor:
 
 
 def shuffle_inputs(model: nn.Module, block: int, seed: int = 0) -> None:
-    """Let a model see every image, (B, C, H, H), shuffled by `block_order`, in every mode, from now on."""
+    """Make a model shuffle every input image, (B, C, H, H), by `block_order`, in every mode, from now on."""
 
     def shuffled(image: Tensor) -> Tensor:
         order = block_order(image.shape[-1], block, seed).to(image.device)
@@ -202,6 +203,12 @@ def from_checkpoints(
     Returns:
         {"rows": {"checkpoint": file name, "pretraining": accuracy or None, "accuracy": mean on the target, "deviation",
         "accuracies", "seeds"}} in the order of the checkpoints.
+
+    Example:
+        target, checkpoints = load_data("digits:5-9"), ["backbone.safetensors"]
+        config = TrainConfig(steps=10)
+        found = from_checkpoints({"reference": "backbone.py:digits_cnn"}, checkpoints, target, "./runs", config=config)
+        checkpoint_figure(found["rows"])
     """
     names = [Path(one).name.removesuffix(".safetensors") for one in checkpoints]
     check_each_once(checkpoints=names, seeds=seeds)
@@ -232,5 +239,5 @@ def _accuracy_before(name: str, backbone: Backbone, data: Data, folder: Path) ->
             raise DataError(f"the data of pretraining {data.id} have no test split; leave them out, or give them one")
         return {"checkpoint": name, "accuracy": found}
 
-    path = folder / "pretraining" / f"{digest_of([_digest(backbone), data.digest])}.json"
+    path = folder / "pretraining" / f"{digest_of([base_of(backbone).digest, data.digest])}.json"
     return float(measured(path, frozenset(("accuracy",)), accuracy)["accuracy"])

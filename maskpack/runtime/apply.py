@@ -46,7 +46,7 @@ class Written(NamedTuple):
 
 
 def kind_of(tensor: Tensor) -> tuple[torch.dtype, torch.device, bool]:
-    """Return what a move, a cast or `fully_shard` changes."""
+    """Return the properties of a tensor that a move, a cast or `fully_shard` changes."""
     return tensor.dtype, tensor.device, shared(tensor)
 
 
@@ -70,7 +70,7 @@ class Changed(NamedTuple):
 
 @dataclass(eq=False)
 class Applied:
-    """What is applied to a model, and what it takes to undo it.
+    """Record of what is applied to a model, with what is needed to undo it.
 
     Attributes:
         mask_id: of the adapter; in a bank the adapter's name there.
@@ -254,7 +254,7 @@ def inverted(bits: Tensor) -> Tensor:
 
 
 def changed_bits(weight: Tensor, mask: PackedMask, old: Tensor, values: Tensor | None) -> Tensor | None:
-    """Return what a mask makes of the old bits at its zeros, as integers; None stands for zeros."""
+    """Return the new bits at a mask's zeros, given the old ones, as integers; None stands for all zeros."""
     if mask.op == "flip":
         return inverted(old)
     if mask.op == "replace":
@@ -444,7 +444,7 @@ def put(model: nn.Module, record: Applied, parts: Parts, masks: Iterable[tuple[s
 
 
 def keep_nothing(model: nn.Module) -> None:
-    """Drop what it takes to undo the mask that is on a model."""
+    """Drop the record that is needed to undo the mask on a model."""
     root = unwrap(model)
     _APPLIED[root] = Applied(_APPLIED[root].mask_id, restorable=False, complete=True)
 

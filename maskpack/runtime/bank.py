@@ -214,7 +214,8 @@ class MaskBank:
             if name in self._residents:
                 raise ConfigError(f"this bank has an adapter called {name!r} already; give another name, or remove it")
             if isinstance(source, Parts):
-                new = self._taken(name, source)
+                apply.check_masks(self.model, source.masks.shapes)
+                new = Resident(name, replace(source, masks=MaskSet(dict(source.masks))))
             else:
                 with self.disabled():
                     new = self._admit(name, source, options)
@@ -368,7 +369,7 @@ class MaskBank:
             return [outputs[index] for index in range(len(masks))]
 
     def parts(self, name: str) -> Parts:
-        """Return the masks of an adapter with its head and dense tensors, read again if they were evicted."""
+        """Return the parts of an adapter; they are read again if they were evicted."""
         with self._lock:
             resident = self._find(name)
             with self.using(self.active):
@@ -455,11 +456,6 @@ class MaskBank:
             apply.check_unwritten(noted, now, way_out)
 
     # Reading adapters, and room for them
-
-    def _taken(self, name: str, parts: Parts) -> Resident:
-        """Return masks and what is beside them as they are given, without an adapter."""
-        apply.check_masks(self.model, parts.masks.shapes)
-        return Resident(name, replace(parts, masks=MaskSet(dict(parts.masks))))
 
     def _admit(self, name: str, source: Adapter, options: PullOptions) -> Resident:
         """Check and decode an adapter while the model is the base."""

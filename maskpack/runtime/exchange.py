@@ -26,16 +26,15 @@ from ..adapter.header import canonical_json
 from ..adapter.read import Adapter
 from ..adapter.write import save_adapter
 from ..backbone.fingerprint import all_digests, check_measured, joined_digests, measure_body
-from ..backbone.model import Fingerprint, body, same_size_int, source_of
+from ..backbone.model import STATISTICS, Fingerprint, body, same_size_int, source_of
 from ..codecs.base import Profile
 from ..errors import BackboneMismatchError, ConfigError, CorruptAdapterError, DataError, StateError
 from ..hub.versions import Versions, patch_name, refuse_second_writer, whole_name
 from ..mask import MaskSet, PackedMask
-from ..safetensors_io import Made, open_tensors, read_tensors, write_tensors
+from ..safetensors_io import Made, TensorFile, read_tensors, write_tensors
 from .apply import apply_parts, check_free, check_masks, forget, tensors_of, unload_mask
 
 DIGESTS = "maskpack_digests"  # key in the metadata of a whole checkpoint
-STATISTICS = ("running_mean", "running_var")
 Where = str | os.PathLike[str]
 
 
@@ -172,7 +171,8 @@ class PatchWriter:
 
         own = {name: tuple(self._copy[name].shape) for name in changes if name in self._parameters}
         statistics = {name: self._copy[name] for name in changes if name not in own}
-        if wrong := [name for name, one in statistics.items() if not _is_statistic(name, one)]:
+        known = (name for name, one in statistics.items() if name.endswith(STATISTICS) and one.dtype == torch.float32)
+        if wrong := sorted(statistics.keys() - set(known)):
             raise StateError(f"the buffer {wrong[0]!r} changed, and a patch holds parameters and BatchNorm statistics")
         values = Made(own, lambda name: self._copy[name].view(-1)[changes[name][0]])
         parts = Parts(MaskSet.streamed(own, mask, own), statistics=statistics, values=values)
@@ -188,16 +188,12 @@ class PatchWriter:
             write_tensors(path, self._copy, metadata)
 
 
-def _is_statistic(name: str, tensor: Tensor) -> bool:
-    return name.endswith(STATISTICS) and tensor.dtype == torch.float32
-
-
 def newest_state(versions: Versions) -> Mapping[str, str] | None:
     """Return the digests of the newest version, which must be there."""
     if versions.newest in versions.patches:
         return versions.patch(versions.newest).about.result
     with versions.whole(versions.newest) as path:
-        found: Mapping[str, str] = json.loads(open_tensors(path).metadata[DIGESTS])
+        found: Mapping[str, str] = json.loads(TensorFile(path).metadata[DIGESTS])
         return found
 
 
@@ -239,7 +235,7 @@ class PatchReader:
         try:
             start, patches = self._back(newest)
         except CorruptAdapterError:
-            if newest not in self.versions.patches or self._patch(newest) is not None:
+            if not self._is_damaged(newest):
                 raise
             newest -= 1  # it is not whole yet
             if newest <= self.version:
@@ -248,16 +244,18 @@ class PatchReader:
         if start:
             self._replace(start)
         if patches:
-            self._apply(patches)
+            check_measured(self._measured, base_of_chain(patches))
+            parts = merged(patches, tensors_of(self.model))
+            check_masks(self.model, parts.masks.shapes)
+            self._put(parts, patches[-1].about.result)
         self.version = newest
         return newest
 
-    def _patch(self, number: int) -> Adapter | None:
-        """Return a patch; None if it is damaged."""
+    def _is_damaged(self, number: int) -> bool:
         try:
-            return self.versions.patch(number)
+            return number in self.versions.patches and not self.versions.patch(number)
         except CorruptAdapterError:
-            return None
+            return True
 
     def _back(self, newest: int) -> tuple[int, list[Adapter]]:
         """Return the whole checkpoint to begin with, 0 for none, and the patches to apply then."""
@@ -288,17 +286,11 @@ class PatchReader:
     def _replace(self, number: int) -> None:
         with self.versions.whole(number) as path:
             try:
-                tensors, digests = read_tensors(path), json.loads(open_tensors(path).metadata[DIGESTS])
+                tensors, digests = read_tensors(path), json.loads(TensorFile(path).metadata[DIGESTS])
             except (DataError, KeyError, ValueError) as error:
                 raise CorruptAdapterError(f"{self.versions.where}/{whole_name(number)} is damaged: {error}") from None
             self._put(Parts(MaskSet({}), parameters=tensors), digests)
         self.version = number
-
-    def _apply(self, patches: list[Adapter]) -> None:
-        check_measured(self._measured, base_of_chain(patches))
-        parts = merged(patches, tensors_of(self.model))
-        check_masks(self.model, parts.masks.shapes)
-        self._put(parts, patches[-1].about.result)
 
     def _put(self, parts: Parts, digests: Mapping[str, str] | None) -> None:
         """Apply parts, compare the whole body, and keep nothing; after any error the weights are what they were."""

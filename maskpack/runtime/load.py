@@ -205,7 +205,7 @@ def check_one_set(adapter: Adapter) -> None:
 
 
 def loaded_parts(adapter: Adapter, head: HeadChoice, mode: Mode) -> Parts:
-    """Return what an adapter of one mask set puts onto a model, with masks that are decoded when they are asked for."""
+    """Return the parts of an adapter with one mask set; its masks are decoded when they are used."""
     check_one_set(adapter)
     parts = adapter.parts(stream=True)
     if mode == "target":

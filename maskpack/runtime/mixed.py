@@ -39,7 +39,7 @@ class Correction(NamedTuple):
 
 
 def corrections(model: nn.Module, parts: Parts) -> dict[str, Correction] | None:
-    """Return what an adapter changes in the linear layers of its base, by name; None if that is not all, or not few."""
+    """Return the corrections of linear layers by name; None if an adapter changes other parts, or too many weights."""
     layers = {f"{name}.weight": one for name, one in model.named_modules() if isinstance(one, nn.Linear)}
     masks = parts.masks
     if parts.head is not None or parts.dense or parts.norms or not masks.keys() <= layers.keys():

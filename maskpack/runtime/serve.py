@@ -22,7 +22,7 @@ POLL = 0.05  # seconds
 
 @dataclass(frozen=True, slots=True)
 class Switched:
-    """What a server computes with now, and what it took.
+    """Result of a switch: the adapter that a server computes with now, and the time it took.
 
     Attributes:
         ref: the reference that always means these bytes; None: the base. digest: of the adapter's file.
@@ -67,6 +67,8 @@ def switch_server(
         raise ConfigError(f"in_flight must be finish, hold or abort; got {in_flight!r}")
     if options.get("token"):
         raise ConfigError("a token is not sent to a server; log in there: hf auth login, or the variable HF_TOKEN")
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"the server is {url!r}, expected its URL, as in http://localhost:8000")
     server = _Server(url.rstrip("/"), timeout)
     begun = time.perf_counter()
     server.post("/init_weight_transfer_engine", {"init_info": {}})
@@ -118,7 +120,7 @@ class _Server:
                 text = answer.read()
         except HTTPError as error:
             said = _said(error.read())
-            if error.code == 404 or "not implemented" in said or "not configured" in said:
+            if error.code in (404, 405, 501) or "not implemented" in said or "not configured" in said:
                 raise StateError(
                     f"the server at {self.url} cannot switch adapters ({said or error}); {START}"
                 ) from None
@@ -126,7 +128,12 @@ class _Server:
         except (URLError, OSError, HTTPException, ValueError) as error:
             why = getattr(error, "reason", None) or error
             raise HubError(f"no answer from the server at {self.url}: {why}; is it running there?") from None
-        return json.loads(text) if text else None
+        try:
+            return json.loads(text) if text else None
+        except ValueError:
+            raise StateError(
+                f"the server at {self.url} answered {path} with {text[:40]!r}, expected JSON, as of vLLM; {START}"
+            ) from None
 
     def prepared(self, what: dict[str, Any]) -> dict[str, Any]:
         """Have all processes of the server prepare an adapter, and wait; errors are theirs."""

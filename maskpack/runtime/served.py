@@ -5,6 +5,7 @@ once more, and its copies are looked at instead of done. What they would write i
 these are a module like any other, on which a `MaskBank` switches.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,11 +18,11 @@ from ..adapter.chain import base_of_chain, merged
 from ..adapter.content import Parts
 from ..adapter.read import Adapter
 from ..adapter.values import Steps, at_zeros
-from ..backbone.fingerprint import Measured, check_measured, tensor_digest, tied
-from ..backbone.model import Fingerprint, body, named_parameters, same_size_int, unwrap
+from ..backbone.fingerprint import Measured, check_measured, tensor_digest
+from ..backbone.model import Fingerprint, all_names, body, named_parameters, same_size_int, unwrap
 from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateError
 from ..hub.pull import PullOptions
-from ..mask import MaskSet, PackedMask, unpack
+from ..mask import MaskSet, PackedMask
 from .apply import at_places, check_masks, places
 from .bank import MaskBank
 from .load import Reference, check_one_set, load_adapter, with_earlier
@@ -157,9 +158,8 @@ class Served:
         for found in self._everyone(mine):
             for name, some in found.items():
                 parts[name] |= set(some)
-        size = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-        held = {name: sum(_numel(part) for part in some) for name, some in parts.items()}
-        self._lost = {name for name in shapes if held[name] < size[name]}
+        held = {n: sum(math.prod(end - begin for begin, end in part) for part in some) for n, some in parts.items()}
+        self._lost = {name for name, shape in shapes.items() if held[name] < math.prod(shape)}
 
     def _located(self, base: Fingerprint, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         """Return the checkpoint's names by an adapter's, whose base must be what is served."""
@@ -167,7 +167,7 @@ class Served:
         check_masks(inner, shapes)
         own = {name: self._names[id(tensor)] for name, tensor in named_parameters(inner).items()}
         tensors = body(inner, base.head)
-        check_measured(Measured(tensors, {name: self._digests[own[name]] for name in tensors}, tied(inner)), base)
+        check_measured(Measured(tensors, {name: self._digests[own[name]] for name in tensors}, all_names(inner)), base)
         return own
 
     def _decoded(self, chain: Sequence[Adapter]) -> Prepared:
@@ -199,45 +199,29 @@ class Served:
                     mask, value = parts.masks[name], parts.values.get(name)
                     value = value.values(at_zeros(tensor, mask)) if isinstance(value, Steps) else value
                     for i, piece in enumerate(self._pieces[stored]):
-                        key = _key(stored, i)
-                        masks[key] = _part_of(mask, piece)
+                        key, whole = _key(stored, i), piece.part == tuple((0, size) for size in mask.shape)
+                        own_mask = mask if whole else mask.part(piece.of)
+                        # with the places of its zeros, so that a switch need not search them
+                        at = places(own_mask.bits, piece.memory.device) if at_places(own_mask) else None
+                        masks[key] = replace(own_mask, zeros=at)
                         if value is not None:
-                            zeros = ~mask.tensor()
-                            inside = torch.zeros_like(zeros)
-                            piece.of(inside)[...] = True
-                            values[key] = value if inside.all() else value[inside[zeros]]
+                            values[key] = value if whole else mask.values_of_part(value, piece.of)
         for name, tensor in replace(parts, masks=MaskSet({}), values={}).resolved(base).parameters.items():
             for i, piece in enumerate(self._pieces[own[name]]):
                 dense[_key(own[name], i)] = piece.of(tensor)
         changed = sum(len(mask.bits) - mask.kept if at_places(mask) else len(mask.bits) for mask in masks.values())
         changed += sum(tensor.numel() for tensor in dense.values())
-        whole = Parts(MaskSet(masks), parameters=dense, values=values)
-        return Prepared(adapter.pinned, adapter.digest, sum(one.size for one in chain), changed, whole)
+        own_parts = Parts(MaskSet(masks), parameters=dense, values=values)
+        return Prepared(adapter.pinned, adapter.digest, sum(one.size for one in chain), changed, own_parts)
 
 
 def _key(name: str, index: int) -> str:
     return f"{name}.{index}"
 
 
-def _numel(part: Part) -> int:
-    return torch.Size(end - begin for begin, end in part).numel()
-
-
-def _part_of(mask: PackedMask, piece: Piece) -> PackedMask:
-    """Return the mask of a piece, with the places of its zeros, so that a switch need not search them."""
-    own = mask
-    if piece.part != tuple((0, size) for size in mask.shape):
-        own = PackedMask.from_tensor(piece.of(mask.tensor()).contiguous(), mask.op)
-        own = replace(own, alpha=mask.alpha)
-        if mask.signs is not None:
-            signs = unpack(mask.signs).reshape(mask.shape)
-            own = replace(own, signs=PackedMask.from_tensor(piece.of(signs).contiguous()).bits)
-    return replace(own, zeros=places(own.bits, piece.memory.device) if at_places(own) else None)
-
-
 @contextmanager
 def _looked_at(take: Callable[[Tensor, Tensor], bool]) -> Iterator[None]:
-    """Have every `Tensor.copy_` looked at as long as this lasts: what `take` takes is not written."""
+    """Intercept every `Tensor.copy_` within the context; a copy that `take` accepts is not made."""
     own = Tensor.copy_
 
     def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:

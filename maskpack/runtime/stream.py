@@ -21,7 +21,7 @@ from ..backbone.shards import any_shared
 from ..errors import StateError, check_argument
 from ..hub.pull import PullOptions
 from ..mask import MaskSet
-from ..safetensors_io import open_tensors
+from ..safetensors_io import TensorFile
 from .apply import Model, applied, apply_parts, check_masks, forget
 from .load import (
     HeadChoice,
@@ -165,7 +165,7 @@ class _Base(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path, model: nn.Module, heads: Iterable[str], place: Place):
-        self._files = open_tensors(path)
+        self._files = TensorFile(path)
         for head in {place.moved(head) for head in heads} & dict(model.named_modules()).keys():
             fit_head(model, head, self._files.shapes)
         self._sources = sources(model, self._files.shapes, path)

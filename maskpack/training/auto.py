@@ -24,6 +24,7 @@ from .run_folder import (
     FILE,
     RunFolder,
     RunOptions,
+    check_new,
     check_parts,
     check_untaken,
     claim,
@@ -164,12 +165,11 @@ def train_auto(
     search = plan_search(backbone, data, config, search_steps, folder, options)
     with locked(folder):
         if folder is not None:
-            base, train = base_of(backbone), search.data.train
             about = {
                 "settings": config.to_json(),
                 "search_steps": search_steps,
-                "backbone": base.digests[base.dtype],
-                "data": [data.digest, len(train or ()), len(data.class_names)],
+                "backbone": base_of(backbone).digest,
+                "data": [data.digest, len(search.data.train or ()), len(data.class_names)],
             }
             claim(folder / CLAIM, about, TrainConfig().to_json())
             search.trials += kept_trials(folder / TRIALS)
@@ -195,11 +195,7 @@ def check_search(folder: Path | None, resume: bool) -> None:
     if folder is None:
         return
     check_untaken(folder.parent, resume)
-    if (folder / CLAIM).exists() and not resume:
-        raise StateError(
-            f"{folder.parent} holds the search of an earlier run; continue it with resume (--resume), or choose "
-            f"another folder (--overwrite replaces it)"
-        )
+    check_new(folder / CLAIM, resume, "search")
     check_parts(folder if folder.is_dir() else folder.parent, resume)
 
 
@@ -248,7 +244,7 @@ def candidates(backbone: Backbone, config: TrainConfig, weights: int, steps: int
     """
     method = METHODS[config.method]
     some = method.partial and not config.scale and config.selective == ALL
-    usual, found, lr = resolved(config, backbone), [DEFAULT], config.score_lr(steps, weights)
+    usual, found, lr = resolved(config, backbone), [DEFAULT], config.score_lr(steps, weights, backbone.task)
     open_top = config.top is None and some
     if open_top and config.beside:
         found.append(NORMS)
@@ -293,7 +289,7 @@ def changed(config: TrainConfig, changes: Changes) -> TrainConfig:
 
 
 def in_words(changes: Changes) -> str:
-    """Return changes as people read them."""
+    """Return changes of settings in words."""
     if changes == NORMS:
         return "norms alone"
     texts = {name: ", ".join(value) if isinstance(value, list) else value for name, value in changes.items()}

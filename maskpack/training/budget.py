@@ -1,4 +1,4 @@
-"""Rate-aware training: a penalty on the coded size of masks, so strong that they fit into a budget of bytes."""
+"""Rate-aware training: a penalty on the coded size of masks, strong enough to keep a budget of bytes."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbone.shards import gathered
 from ..codecs.base import Side
 from ..codecs.choose import rivals, smallest
 from ..errors import ConfigError
@@ -98,7 +97,7 @@ class RateControl:
 
     def penalty(self) -> Tensor:
         """Return the penalty on the coded size, for the loss of a step."""
-        bits = torch.stack([coded_bits(_straight(one)) for one in self.scored]).sum()
+        bits = torch.stack([coded_bits(one.straight()) for one in self.scored]).sum()
         self.size = max(float(bits.detach()) / 8, 1.0)
         return self.pressure / self.weights * bits
 
@@ -155,10 +154,3 @@ class RateControl:
         """Bytes by `coded_bits`, of scores that are raised."""
         bits = (coded_bits(one.binary(shift).float()) for one in self.scored)
         return sum(float(one) for one in bits) / 8
-
-
-def _straight(one: ScoredWeight) -> Tensor:
-    """The mask as floats, with the gradient straight through to the scores."""
-    scores = gathered(one.scores)
-    kept = one.method.binarize(scores.detach(), one.state()).float()
-    return one.whole(kept + scores - scores.detach())

@@ -15,6 +15,8 @@ SMALL = 1_000_000  # most weights of a network with other defaults; chosen in do
 TOP = 0.1  # of the weights of a parameter have scores in a larger network, unless most weights are of convolutions
 SMALL_RATE, RATE = 0.1, 0.05  # of the scores, with adam
 DISTANCE = 2.0  # that scores can move at least
+LANGUAGE_TOP = 0.02  # the same for language models; chosen in docs/language-models.md, as the next
+LANGUAGE_STEPS = 15  # the distance of their scores is the root of the number of steps over this
 ALL = "all"  # of the scores learn
 GATE_START = 2.0  # of every logit: a gate of 0.88, whose slope is 0.42 of the greatest; chosen in docs/methods.md
 WEIGHT_LR = {"sgd": 0.05, "adam": 1e-3}  # the usual peak rates of weights, by optimiser
@@ -33,8 +35,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "lr": 50.0,
         "warmup": 40 / 150,
     },
-    # language models; `maskpack train --task` takes it, and docs/language-models.md says how it was chosen
-    "text-generation": {"epochs": 1, "batch_size": 8, "distance": 1.02, "train_lr": 3e-3},
+    "text-generation": {"epochs": 1, "batch_size": 8, "train_lr": 3e-3},  # `maskpack train --task` takes it
 }
 Bytes = Annotated[int, "bytes", Range(above=0)]  # the command line reads 200kB and 1.5MB as well
 Mode = Literal["sequential", "gated", "shared", "separate"]
@@ -55,8 +56,9 @@ class TrainConfig:
         include: globs of the parameters to mask. Default: every convolution and linear weight of the body.
         exclude: globs of parameters that get no mask.
         top: share of each masked parameter's weights that have scores, those with the greatest absolute values; the
-            others are kept, and take no memory; 0: none, so that norms and head learn alone. Default: 0.1 with labels,
-            over a million masked weights, most of them not of convolutions, and a method that allows it; else 1.
+            others are kept, and take no memory; 0: none, so that norms and head learn alone. Default: 0.1, or 0.02 of
+            language models, with labels, over a million masked weights, most of them not of convolutions, and a method
+            that allows it; else 1.
         selective: which scores learn: all, first:STAGES, random:SHARE or largest:SHARE.
         train: what learns itself beside the scores: norms, biases, none, or globs of parameters of the body. Default:
             norms with labels, else none.
@@ -82,7 +84,7 @@ class TrainConfig:
         lr: peak learning rate of the scores. Default: 0.05 for adam, or 0.1 with labels and up to a million masked
             weights, or more where distance needs it; 50 for sgd.
         distance: sum of the learning rates of all steps, which is how far a score can move under adam; it begins 1
-            above the threshold. Default: 2, or more where lr's default is.
+            above the threshold. Default: 2, or more where lr's default is; of language models sqrt(steps / 15).
         head_lr: peak learning rate of a linear head. Default: 0.01 for adam, 0.1 for sgd.
         train_lr: peak learning rate of `train`. Default: that of a linear head.
         schedule: learning rate after the warmup: cosine falls to zero.
@@ -159,11 +161,11 @@ class TrainConfig:
 
         return self.objective in OBJECTIVES and OBJECTIVES[self.objective].needs_labels
 
-    def resolved(self, weights: int, convolutional: int) -> "TrainConfig":
+    def resolved(self, weights: int, convolutional: int, task: str | None = None) -> "TrainConfig":
         """Return the settings with the defaults that follow from a backbone.
 
         Args:
-            weights: number of its masked weights. convolutional: how many of them are of convolutions.
+            weights: number of its masked weights. convolutional: how many of them are of convolutions. task: its task.
         """
         from .methods.base import METHODS  # imports torch, which the command line's help does without
 
@@ -171,7 +173,9 @@ class TrainConfig:
         some = self.labels and not small and 2 * convolutional < weights and self.selective == ALL and not self.scale
         top = self.top
         if top is None:
-            top = TOP if some and METHODS[self.method].rising and METHODS[self.method].partial else 1.0
+            some = some and METHODS[self.method].rising and METHODS[self.method].partial
+            usual = LANGUAGE_TOP if task == "text-generation" else TOP
+            top = usual if some else 1.0
         bn: Statistics = "adapt" if small or not self.labels else "freeze"
         return replace(self, top=top, bn=bn if self.bn is None else self.bn)
 
@@ -180,8 +184,12 @@ class TrainConfig:
         """The parameters that learn themselves beside the scores, as in `train`."""
         return (("norms",) if self.labels else ()) if self.train is None else self.train
 
-    def score_lr(self, steps: int, weights: int) -> float:
-        """Return the peak learning rate of the scores in a run of so many steps, with so many masked weights."""
+    def score_lr(self, steps: int, weights: int, task: str | None = None) -> float:
+        """Return the peak learning rate of the scores in a run of so many steps, with so many masked weights.
+
+        The signs of gradients of a language model are mostly chance, so that what they add up to grows as the root of
+        the number of steps; as much is what a weight has to have against it.
+        """
         if self.lr is not None:
             return self.lr
         if self.optimizer == "sgd":
@@ -189,6 +197,8 @@ class TrainConfig:
         whole = sum(learning_rate(self, step, steps) for step in range(steps))
         if self.distance is not None:
             return self.distance / whole
+        if task == "text-generation":
+            return math.sqrt(steps / LANGUAGE_STEPS) / whole
         least = DISTANCE / whole
         return max(least, SMALL_RATE if weights <= SMALL and self.labels else RATE)
 

@@ -1,4 +1,4 @@
-"""Accuracy in all and by class, what a transfer kept of its source, and what the experts of a cascade are worth."""
+"""Evaluation of adapters: accuracy in all and by class, tables of transfers and of cascades."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

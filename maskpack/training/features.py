@@ -23,6 +23,7 @@ from ..errors import DataError, MaskpackError, escape
 from ..preprocess import preprocess_to_json
 from ..runtime.cascade import LoadedCascade
 from .data.base import Data, Examples, few_labels, loader, readable
+from .progress import readable as readable_figure
 from .run_folder import read_sealed, write_sealed
 
 Measure = Literal["knn", "probe"]
@@ -379,13 +380,8 @@ def worth_warnings(metrics: Mapping[str, float], masks: bool = True) -> list[str
     split, name, one = first
     if metrics.get(f"{split}_over_{one.baseline}", 1.0) <= 0:
         found.append(
-            f"the {split} {name} is {told(name, metrics[f'{split}_{name}'])}, and {one.words} has "
-            f"{told(name, metrics[f'{split}_{one.baseline}_{name}'])}: the mask was not worth it; take more steps, or "
-            f"do without it"
+            f"the {split} {name} is {readable_figure(metrics[f'{split}_{name}'], name)}, and {one.words} has "
+            f"{readable_figure(metrics[f'{split}_{one.baseline}_{name}'], name)}: the mask was not worth it; "
+            f"take more steps, or do without it"
         )
     return found
-
-
-def told(name: str, value: float) -> str:
-    """Return a figure as people read it."""
-    return f"{100 * value:.2f} %" if name == "accuracy" else f"{value:.4f}"

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone.model import unwrap
+from ..backbone.model import all_names, unwrap
 from ..backbone.select import select_parameters
 from ..errors import ConfigError, StateError, UnknownNameError, brief
 from ..mask import MaskSet, masked_weight
 from .config import GATE_START
-from .scores import Orders, all_names, original, owner, put_on, take_off
+from .scores import Orders, original, owner, put_on, take_off
 
 
 class GatedWeight(nn.Module):

@@ -43,7 +43,7 @@ def trained_themselves(
     `train` is as of `learning_names`; its words leave masked parameters out, and a glob for one is a ConfigError.
     """
     globs = [one for one in train if one not in WORDS]
-    both = [name for name in match_parameters(model, globs, "train", head) if name in masked]
+    both = [name for name in match_parameters(model, globs, head) if name in masked]
     if both:
         raise ConfigError(
             f"train would train {len(both)} parameters that are masked, first {both[0]!r}; a mask needs frozen "
@@ -59,9 +59,9 @@ def learning_names(model: nn.Module, train: Iterable[str], head: Sequence[str] =
     "norms" are scales and shifts of all normalisation layers, "biases" those of all layers; a model may have none.
     """
     words = set(train)
-    found = set(match_parameters(model, sorted(words - WORDS), "train", head))
+    found = set(match_parameters(model, sorted(words - WORDS), head))
     norms = [n for n, module in unwrap(model).named_modules() if "norm" in type(module).__name__.lower()]
-    for name in match_parameters(model, ["*"], "train", head):
+    for name in match_parameters(model, ["*"], head):
         place, _, leaf = name.rpartition(".")
         if ("norms" in words and place in norms) or ("biases" in words and leaf.endswith("bias")):
             found.add(name)
@@ -116,7 +116,7 @@ def lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
 def resolved(config: TrainConfig, backbone: Backbone) -> TrainConfig:
     """Return settings with the defaults that follow from a backbone."""
     decided = config.top is not None and config.bn is not None
-    return config if decided else config.resolved(*masked_sizes(config, backbone))
+    return config if decided else config.resolved(*masked_sizes(config, backbone), backbone.task)
 
 
 def masked_sizes(config: TrainConfig, backbone: Backbone) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from .run_folder import RunFolder, check_like, damaged, differing, load_checkpoi
 LOG_EVERY = 10  # optimiser steps between two step events: counting the mask's bits takes a moment
 SECONDS = 5.0  # after which the progress of slower steps is reported as well
 LENGTH = ("epochs", "steps")  # settings that may be greater when a run goes on
+INTERRUPTED = "interrupted; ends after this step or evaluation, with a checkpoint; once more ends at once, without one"
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -157,6 +158,12 @@ class Run(ABC):
 
         The folder is opened; without a path nothing is kept, and signals are left alone.
         """
+
+        def asked(number: int) -> None:
+            self.asked.append(number)
+            if number == signal.SIGINT:
+                folder.tell(at.event("warning", warning=INTERRUPTED))
+
         self.folder, self.written = folder, time.monotonic()
         if folder.resume:
             at = self.resume(longer)
@@ -164,7 +171,7 @@ class Run(ABC):
             at = Position(self.steps)
             self.start()
         folder.tell(at.event("begin"))  # something is seen at once
-        with nullcontext() if folder.path is None else on_signal(self.asked.append):
+        with nullcontext() if folder.path is None else on_signal(asked, signal.SIGINT):
             while not at.done:
                 over = self._epoch(at)
                 at.done = not over or at.epoch + 1 == self.epochs
@@ -234,7 +241,10 @@ class Run(ABC):
         self._checkpoint(at, due or (seconds is not None and time.monotonic() - self.written >= seconds))
 
     def _checkpoint(self, at: Position, due: bool) -> None:
-        """Write a checkpoint if it is due, or a signal asked for the end; in that case raise StoppedError."""
+        """Write a checkpoint if it is due, or a signal asked for the end; in that case raise StoppedError.
+
+        After Ctrl-C that is KeyboardInterrupt.
+        """
         stop, accelerator, path = bool(self.asked), self.accelerator, self.folder.checkpoint
         if accelerator.num_processes > 1:  # all stop at the same step
             if stop:
@@ -246,6 +256,8 @@ class Run(ABC):
         if stop:
             accelerator.wait_for_everyone()  # nobody ends the others while one writes
             number = self.asked[0] if self.asked else signal.SIGTERM
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
             raise StoppedError(
                 f"{signal.Signals(number).name} stopped the training at step {at.step} of {at.steps}; train again with "
                 f"resume (--resume) to go on from the checkpoint in {self.folder.path}",
@@ -255,7 +267,7 @@ class Run(ABC):
     def _facts(self, at: Position) -> dict[str, Any]:
         """Return the facts of a checkpoint, beside its tensors."""
         scaler = self.accelerator.scaler
-        run = {**self.facts, "base": self.base.digests[self.base.dtype]}
+        run = {**self.facts, "base": self.base.digest}
         scaled = None if scaler is None else scaler.state_dict()
         return {**asdict(at), "run": run, "more": self.state(), "scaler": scaled, "log": self.folder.size()}
 
@@ -265,8 +277,7 @@ class Run(ABC):
         assert path is not None
         tensors, facts = load_checkpoint(path)
         example = self._facts(Position(0, batches={"": [0, 0]}, metrics={"": 0.0}, extended=[""]))
-        check_like(path, "facts", {**facts, "run": None}, {**example, "run": None, "optimizer": [0]})
-        ours, there = example["run"], facts["run"]
+        ours, there = example["run"], facts.get("run")
         settings = {name: one for name, one in ours.pop("config").items() if not longer or name not in LENGTH}
         other = differing(ours, there) + differing(settings, there.get("config") if isinstance(there, dict) else None)
         if other:
@@ -274,6 +285,7 @@ class Run(ABC):
                 f"the checkpoint in {path.parent} belongs to another run: {', '.join(other)} differ; resume with the "
                 f"same settings, data and backbone, or choose another folder"
             )
+        check_like(path, "facts", {**facts, "run": None}, {**example, "run": None, "optimizer": [0]})
         at = Position(**{one.name: facts[one.name] for one in fields(Position)})
         if self.steps < at.steps:
             raise StateError(

@@ -134,7 +134,7 @@ class JointRun(Run):
         self.norms, self.before = dict[str | None, dict[str, Tensor]](), dict[str, Tensor]()
 
     def use(self, name: str) -> Supervised:
-        """Make the backbone this task's: head, statistics, gates; return the task's objective."""
+        """Give the backbone a task's head, statistics and gates; return the task's objective."""
         objective = self.objectives[name]
         self._exchange(objective.module.linear, self.buffers[name])
         self._put_norms(name)
@@ -416,7 +416,8 @@ def train_tasks(
                 results = train_jointly(backbone, own, config, joint, gated=mode == "gated", **parts)
             for name, one in results.items() if main else ():
                 said, saved = replace(one.about, training={**(one.about.training or {}), "mode": mode}), folder / name
-                done[name] = save_adapter(saved, one.parts, one.base, said, profile=profile, weights=backbone.model)
+                written: dict[str, Any] = {"profile": profile, "weights": backbone.model, "overwrite": True}
+                done[name] = save_adapter(saved, one.parts, one.base, said, **written)
             if not masks_only:  # last: a base that is there says that its tasks are finished
                 export_state((folder / run if mode == "separate" else folder) / BASE, backbone.model)
         if not main:
@@ -468,8 +469,7 @@ def survey(
     Loads the base that tasks learned together, if it is there.
     """
     _check(tasks, mode, joint)
-    weights = base_of(backbone)
-    about = {"mode": mode, "backbone": backbone.id, "weights": weights.digests[weights.dtype]}
+    about = {"mode": mode, "backbone": backbone.id, "weights": base_of(backbone).digest}
     claim(folder / CLAIM, about, write=False)
     if mode in TOGETHER:
         if not (folder / BASE).exists():

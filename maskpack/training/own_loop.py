@@ -1,4 +1,4 @@
-"""For training loops of one's own: scores on any model, and all that it learned as parts of an adapter."""
+"""Support of custom training loops: scores on any model, and all that it learned as parts of an adapter."""
 
 import logging
 import math
@@ -265,7 +265,7 @@ def learned(model: nn.Module, name: str | None) -> Learned:
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
-    """`state_dict` is that of the model with its masks applied, under its own names, as long as this lasts."""
+    """Make `state_dict` return the weights with masks applied, under the model's own names, within the context."""
     made: dict[ScoredWeight, Tensor] = {}  # of tied weights one
 
     @torch.no_grad()
@@ -302,7 +302,7 @@ def stop_decay(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **options: Any) -> Any:
-    """Write the merged model: what `save_pretrained` of a model does that has scores.
+    """Write the merged model; replaces `save_pretrained` of a model that has scores.
 
     A trainer's checkpoint, a folder "checkpoint-NUMBER", has the scores beside that, from which training goes on; or,
     with `ScoredModel.sparse`, only what learns.

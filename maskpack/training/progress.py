@@ -1,4 +1,4 @@
-"""Progress of what takes seconds: a bar in a terminal or a notebook, elsewhere a line now and then."""
+"""Progress of long operations: a bar in a terminal or a notebook, elsewhere a line now and then."""
 
 import logging
 import math
@@ -26,6 +26,7 @@ SHOWN = (
 )  # values of an event that are shown, the most important first
 ACCURACIES = {"accuracy", "probe", "knn", "k-NN", "head"}  # words of the names of accuracies
 FIGURES = ("accuracy", "r2", "perplexity")  # by which trials of a search are compared
+BESIDE = 50  # characters that a bar, its counts and times take beside the text
 FIRST, LEAST, SHARE = 2.0, 10.0, 0.1  # seconds before the first line, and between two; share of the time so far
 
 
@@ -106,12 +107,15 @@ class Seen:
         columns = (progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), many)
         times = (progress.TimeElapsedColumn(), progress.TextColumn("{task.fields[left]}"))
         counted = Lines(lambda _: None)  # rich's own estimate forgets a training at every evaluation
+        room = max(self.console.width - BESIDE, BESIDE // 2)
         with self.lines.silent(), progress.Progress(*columns, *times, console=self.console) as bar:
             task = bar.add_task(what, total=None, count="", left="")
 
             def moved(done: int, total: int | None, what: str | None = None) -> None:
                 count = f"{done:,}" if total is None else f"{done:,}/{total:,}"
                 text = None if what is None else escape(what)
+                if text is not None and len(text) > room:
+                    text = f"{text[: room - 1]}…"
                 counted.moved(done, total)
                 seconds = counted.left()
                 left = "" if seconds is None else f"{timedelta(seconds=round(seconds))} left"
@@ -125,10 +129,12 @@ class Seen:
         """Show the progress of trainings; give what they report to."""
         from .data.base import watched
 
-        bar = self.bar("training", percent=False)
-        with bar as moved, watched(lambda done, total: moved(done, total, "evaluating, batches")):
+        bar, passes = self.bar("starting", percent=False), "preparing, batches"  # of data, before the first step
+        with bar as moved, watched(lambda done, total: moved(done, total, passes)):
 
             def report(event: Mapping[str, Any]) -> None:
+                nonlocal passes
+                passes = "evaluating, batches"
                 part = f"{event['part']}: " if "part" in event else ""
                 words = [f"{key.replace('_', ' ')} {readable(event[key], key)}" for key in SHOWN if key in event]
                 match event["event"]:
@@ -150,11 +156,14 @@ class Seen:
 
 
 def readable(value: Any, key: str = "") -> str:
-    """Return a value as people read it; an accuracy, which the words of its key tell, in per cent."""
+    """Return a value as text for people; an accuracy, told by the words of its key, in per cent."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{100 * value:.2f} %" if ACCURACIES & set(re.split(r"[ _(]", key)) else f"{value:.4f}"
+        words = set(re.split(r"[ _(]", key))
+        if not ACCURACIES & words or "r2" in words:
+            return f"{value:.4f}"
+        return f"{100 * value:+.2f} points" if "over" in words else f"{100 * value:.2f} %"
     if isinstance(value, int):
         return f"{value:,}"
     return "-" if value is None else str(value)

@@ -15,19 +15,17 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from ..errors import ConfigError, CorruptAdapterError, StateError, StoppedError, require
+from ..backbone.fingerprint import tensor_digest
+from ..errors import ConfigError, CorruptAdapterError, DataError, StateError, StoppedError, require
 from ..safetensors_io import (
     SEAL,
     UNSEALED,
-    Blob,
-    Buffer,
-    check_seal,
     lock,
-    parse_header,
-    replacing,
+    read_with_seal,
     strict_json,
-    tensor_of,
+    write_file,
     write_tensors,
+    writing,
 )
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -88,13 +86,9 @@ def locked(folder: Path | None) -> Iterator[None]:
         yield
         return
     path = folder / LOCK
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = _locked_file(path)
-    except OSError as error:
-        raise StateError(
-            f"cannot write into {folder}: {error.strerror or error}; choose a folder that you may write to"
-        ) from error
     _held.add(file)
     try:
         yield
@@ -125,7 +119,7 @@ def _locked_file(path: Path) -> IO[str]:
 
 
 def _let_go() -> None:
-    """In a process that was forked: a copy of the open file would hold the lock longer than the run."""
+    """Close inherited lock files in a forked process, which would hold the lock longer than the run."""
     for file in _held:
         file.close()
     _held.clear()
@@ -140,13 +134,14 @@ def check_untaken(folder: Path, resume: bool) -> None:
     if (folder / LOCK).exists():
         with locked(folder):
             pass
-    _check_new(folder, resume)
+    check_new(folder / FILE, resume)
 
 
-def _check_new(folder: Path, resume: bool) -> None:
-    if (folder / FILE).exists() and not resume:
+def check_new(path: Path, resume: bool, what: str = "checkpoint") -> None:
+    """Raise StateError if there is a file of an earlier run, such as its checkpoint, which is not to be resumed."""
+    if path.exists() and not resume:
         raise StateError(
-            f"{folder} holds the checkpoint of an earlier run; continue it with resume (--resume), or choose another "
+            f"{path.parent} holds the {what} of an earlier run; continue it with resume (--resume), or choose another "
             f"folder (--overwrite replaces it)"
         )
 
@@ -185,7 +180,6 @@ def claim(path: Path, about: Mapping[str, Any], defaults: Mapping[str, Any] | No
     """
     if not path.exists():
         if write and is_main_process():
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, about)
         return
     there, here = read_json(path, frozenset(about), "choose another folder"), json.loads(json.dumps(about))
@@ -205,8 +199,7 @@ def claim(path: Path, about: Mapping[str, Any], defaults: Mapping[str, Any] | No
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     """Write a value as JSON, whole or not at all."""
-    with replacing(path) as (temporary,):
-        temporary.write_text(json.dumps(value, indent=indent, sort_keys=True) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(value, indent=indent, sort_keys=True) + "\n")
 
 
 def read_json(path: Path, keys: frozenset[str], remedy: str) -> dict[str, Any]:
@@ -266,10 +259,10 @@ class RunFolder:
             yield
             return
         with locked(self.path):
-            _check_new(self.path, self.resume)
+            check_new(self.checkpoint, self.resume)
             if self.log is not None:
                 require("tensorboard", "train", "writing TensorBoard logs")
-                with self._writing("make room, or choose a folder that you may write to"):
+                with writing(self.log):
                     self.log.open("a" if self.resume else "w").close()
             try:
                 yield
@@ -302,7 +295,7 @@ class RunFolder:
         self.tell(event)
         if self.log is None:
             return
-        with self._writing("make room and resume from the last checkpoint"):
+        with writing(self.log, unchanged=False):
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(event, sort_keys=True) + "\n")
             if self.board is None:
@@ -312,20 +305,13 @@ class RunFolder:
             if isinstance(value, float):
                 self.board.add_scalar(f"{event['event']}/{name}", value, event["step"])
 
-    @contextmanager
-    def _writing(self, remedy: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise StateError(f"cannot write the logs in {self.path}: {error.strerror or error}; {remedy}") from error
-
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 @contextmanager
-def on_signal(answer: Callable[[int], None]) -> Iterator[None]:
-    """Answer the first SIGTERM or SIGUSR1; a second one does what it did before. Only in the main thread."""
+def on_signal(answer: Callable[[int], None], *more: int) -> Iterator[None]:
+    """Answer the first of SIGTERM, SIGUSR1 and `more`; a second does what it did before. Only in the main thread."""
     earlier: dict[int, Any] = {}
 
     def put_back() -> None:
@@ -337,7 +323,7 @@ def on_signal(answer: Callable[[int], None]) -> Iterator[None]:
         answer(number)
 
     if threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
+        for number in (*SIGNALS, *more):
             # one that is ignored stays so, and one that was not installed by Python could not be put back
             if signal.getsignal(number) not in (None, signal.SIG_IGN):
                 earlier[number] = signal.signal(number, first)
@@ -368,32 +354,24 @@ MODEL, OBJECTIVE, OPTIMIZER = "model/", "objective/", "optimizer/"
 def write_sealed(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write tensors, JSON values as one more of them, and the digests of all; atomic."""
     text = torch.frombuffer(bytearray(json.dumps(facts, sort_keys=True).encode()), dtype=torch.uint8)
-    blobs = [Blob.of(*item) for item in {**tensors, "facts": text}.items()]
-    digests = {blob.name: _digest(*blob.data) for blob in blobs}
-    write_tensors(path, blobs, {"format": "pt", DIGESTS: json.dumps(digests, sort_keys=True), SEAL: UNSEALED})
+    tensors = {**tensors, "facts": text}
+    digests = {name: tensor_digest(one, one.dtype).hex() for name, one in tensors.items()}
+    write_tensors(path, tensors, {"format": "pt", DIGESTS: json.dumps(digests, sort_keys=True), SEAL: UNSEALED})
 
 
 def read_sealed(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_sealed` wrote, every bit of it verified: (tensors, JSON values); StateError with the remedy."""
     try:
-        data = bytearray(path.read_bytes())
-        start = 8 + int.from_bytes(data[:8], "little")
-        if start > len(data):
-            raise damaged(path, f"its header should end at byte {start}, the file has {len(data)}", remedy)
-        head = bytes(data[8:start])
-        metadata, spans = parse_header(memoryview(head), len(data) - start)
-        check_seal(head, metadata)
+        tensors, metadata = read_with_seal(path)
         digests = strict_json(metadata.get(DIGESTS, "{}"), DIGESTS)
-    except CorruptAdapterError as error:
-        raise damaged(path, str(error).partition(";")[0], remedy) from None
-    except OSError as error:
-        raise StateError(f"cannot read {path}: {error.strerror}; {remedy}") from None
-    tensors = {}
-    for name, (dtype, shape, first, last) in spans.items():
-        part = memoryview(data)[start + first : start + last]
-        if _digest(part) != digests.get(name):
+    except (ConfigError, CorruptAdapterError, DataError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError):
+            raise StateError(f"cannot read {path}: {cause}; {remedy}") from None
+        raise damaged(path, str(cause).partition(";")[0], remedy) from None
+    for name, tensor in tensors.items():
+        if tensor_digest(tensor, tensor.dtype).hex() != digests.get(name):
             raise damaged(path, f"{name!r} has another digest than was stored", remedy)
-        tensors[name] = tensor_of(part, dtype, shape)
     missing = {*digests, "facts"} - tensors.keys()
     if missing:
         raise damaged(path, f"{min(missing)!r} is missing", remedy)
@@ -404,13 +382,6 @@ def read_sealed(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, A
     if not isinstance(facts, dict):
         raise damaged(path, f"its facts are no object but a {type(facts).__name__}", remedy)
     return tensors, facts
-
-
-def _digest(*pieces: Buffer) -> str:
-    whole = blake3()
-    for piece in pieces:
-        whole.update(piece)
-    return whole.hexdigest()
 
 
 def damaged(path: Path, what: str, remedy: str = REMEDY) -> StateError:

@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 
 from ..adapter.content import LEARNING
 from ..backbone.load import encoder_of
-from ..backbone.model import aliases, named_buffers, named_parameters, unwrap
+from ..backbone.model import all_names, canonical, named_buffers, named_parameters, unwrap
 from ..backbone.shards import gathered, local, moved, part_of, shared_like, whole
 from ..errors import ConfigError, TrainingError
 from ..mask import PackedMask
@@ -42,14 +42,6 @@ def original(model: nn.Module, name: str) -> nn.Parameter:
     chains: Any = module.parametrizations
     weight: nn.Parameter = chains[leaf].original
     return weight
-
-
-def all_names(model: nn.Module) -> dict[str, list[str]]:
-    """Return every name of each parameter by its first one; a tied parameter has several."""
-    found: dict[str, list[str]] = {}
-    for name, first in aliases(model).items():
-        found.setdefault(first, []).append(name)
-    return found
 
 
 def put_on(model: nn.Module, names: Iterable[str], made: nn.Module, orders: Orders) -> None:
@@ -302,6 +294,12 @@ class ScoredWeight(nn.Module):
         """Return the mask that the scores stand for, bool; `shift` is added to them."""
         return self.whole(self.method.binarize(whole(self.scores.detach()) + shift, self.state()))
 
+    def straight(self) -> Tensor:
+        """Return the mask as floats, with the gradient straight through to the scores."""
+        scores = gathered(self.scores)
+        kept = self.method.binarize(scores.detach(), self.state()).float()
+        return self.whole(kept + scores - scores.detach())
+
     def mask(self) -> PackedMask:
         """Return the mask that the scores stand for, packed."""
         if self.places is not None:
@@ -422,7 +420,7 @@ def scored_weights(model: nn.Module) -> dict[str, ScoredWeight]:
             scored = module[0]
             if isinstance(scored, ScoredWeight) and id(scored) not in seen:
                 seen.add(id(scored))
-                found[raw.replace("parametrizations.", "").replace("_orig_mod.", "")] = scored
+                found[canonical(raw.replace("parametrizations.", ""))] = scored
     return dict(sorted(found.items()))
 
 
@@ -439,7 +437,7 @@ def scores_among(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith(SCORES):
             # what is trained holds the backbone as `model`, itself or in its classifier
             own = name.partition("model.")[2].removesuffix(SCORES)
-            found[own.replace("parametrizations.", "").replace("_orig_mod.", "")] = tensor
+            found[canonical(own.replace("parametrizations.", ""))] = tensor
     return found
 
 
@@ -450,7 +448,7 @@ def scored_models(model: nn.Module) -> list[ScoredModel]:
 
 @contextmanager
 def _changed(model: nn.Module, **state: Any) -> Iterator[None]:
-    """Give what the scores of a model share other attributes, within the context."""
+    """Change attributes of the shared state of a model's scores within the context."""
     models = scored_models(model)
     before = [{name: getattr(one, name) for name in state} for one in models]
     for one in models:
@@ -463,7 +461,7 @@ def _changed(model: nn.Module, **state: Any) -> Iterator[None]:
 
 
 def plain_names(model: nn.Module, make: Plain) -> AbstractContextManager[None]:
-    """`state_dict` has the model's own names, and what `make` makes of masked weights, within the context."""
+    """Make `state_dict` use the model's own names, with `make` applied to masked weights, within the context."""
     return _changed(model, plain=make)
 
 

@@ -1,4 +1,4 @@
-"""What is stored beside masks: norms, statistics, other parameters, a head; and how BatchNorm is trained."""
+"""Values stored beside masks (norms, statistics, other parameters, heads), and how BatchNorm is trained."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from ..adapter.content import Parts
 from ..adapter.steps import Norm, rounded_rows, row_steps
-from ..adapter.tensors import STATISTICS
 from ..backbone.classifier import Batch, to_device
-from ..backbone.model import Head, canonical, inside, named_buffers, named_parameters, unwrap
+from ..backbone.model import STATISTICS, Head, canonical, inside, named_buffers, named_parameters, unwrap
 from ..backbone.shards import whole
 from .config import Store
 

@@ -51,7 +51,7 @@ class ObjectiveRun(Run):
         start_from: str | Path | None = None,
     ):
         sizes = masked_sizes(config, backbone)
-        config = config.resolved(*sizes)
+        config = config.resolved(*sizes, backbone.task)
         objective = find_objective(config.objective, backbone.task)
         check_data(data, backbone, objective)
         backbone, data = objective.prepared(backbone, data)
@@ -96,7 +96,7 @@ class ObjectiveRun(Run):
             parameter.requires_grad_(True)  # before DistributedDataParallel looks
         self.module, self.loader = self.accelerator.prepare(self.objective.module, batches)
         per_epoch = math.ceil(len(self.loader) / config.accumulate)
-        lr = config.score_lr(config.steps or config.epochs * per_epoch, sizes[0])
+        lr = config.score_lr(config.steps or config.epochs * per_epoch, sizes[0], backbone.task)
         rates = {"scores": (scores, lr), "head": (head, config.linear_lr), "train": (beside, config.beside_lr)}
         self.prepare(rates, per_epoch, config.steps)
         self.models = scored_models(self.objective.module)
@@ -110,7 +110,7 @@ class ObjectiveRun(Run):
 
     def take_over(self, checkpoint: Path, fresh: tuple[str, ...] = ()) -> None:
         """Go on as another run ended, but for the tensors called `fresh`."""
-        take_over(self.tensors(), checkpoint, self.base.digests[self.base.dtype], fresh)
+        take_over(self.tensors(), checkpoint, self.base.digest, fresh)
 
     def batches(self, at: Position) -> Iterator[tuple[str, list[int], Batch]]:
         self.sampler.epoch = at.epoch
@@ -319,8 +319,8 @@ def train_mask(
         TrainingError: if the loss is not finite, or no example of an epoch can be read.
         StateError: if the checkpoint is damaged or belongs to another run, `output` has one and `resume` is not asked
             for, or another run writes into it.
-        StoppedError: after SIGTERM or SIGUSR1, at the next optimiser step, when the checkpoint is written. Only with
-            `output`, in the main thread; a second signal is not waited for.
+        StoppedError: after SIGTERM or SIGUSR1, at the next optimiser step, when the checkpoint is written; so does
+            KeyboardInterrupt after Ctrl-C. Only with `output`, in the main thread; a second signal is not waited for.
         SelectionError, DataError: if patterns or data do not fit the backbone.
 
     Example:

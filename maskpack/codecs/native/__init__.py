@@ -1,8 +1,8 @@
-"""The compiled inner loops of coding, where they were built; numpy does the same, more slowly."""
+"""Access to the compiled inner loops of the codecs; without them numpy gives the same bits, more slowly."""
 
 import ctypes
 import logging
-from ctypes import Structure, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_double, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .build import SUFFIX
 
-VERSION = 10  # of the loops
+VERSION = 11  # of the loops
 LARGE = 1 << 18  # weights from which it is worth a word that there is no library
 ARRAYS = 6
 
@@ -34,10 +34,19 @@ class Probes(Structure):
 class Fit(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("rows", "inputs", "positions", "rank", "offset")),
-        *((name, c_void_p) for name in ("columns", "ends", "shifts", "events")),
+        *((name, c_void_p) for name in ("columns", "ends", "shifts", "classes", "events")),
         *(("index", c_void_p * ARRAYS), ("array", c_void_p * ARRAYS)),
         *((name, c_void_p) for name in ("left", "right", "signs", "curve")),
         *(("residuals", Probes), ("variances", Probes)),
+    ]
+
+
+class Fitting(Structure):
+    _fields_ = [
+        *(("fit", Fit), ("number", c_int64), ("sizes", c_int64 * ARRAYS)),
+        *(("counts", c_void_p * ARRAYS), ("prices", c_void_p), ("offset", c_double), ("left_over", c_double)),
+        *(("values", c_void_p * ARRAYS), ("worth", c_double * ARRAYS)),
+        *(("integers", c_void_p * ARRAYS), ("codes", c_int32 * ARRAYS)),
     ]
 
 
@@ -72,8 +81,9 @@ def opened(path: Path) -> ctypes.CDLL | None:
         found.maskpack_loops.restype, found.maskpack_encode.restype = c_int64, c_void_p
         found.maskpack_decode.restype = found.maskpack_classes.restype = found.maskpack_ranks.restype = c_int32
         found.maskpack_where.restype, found.maskpack_in_steps.restype = c_int64, c_int32
+        found.maskpack_fit.restype = c_int32
         found.maskpack_steps_count.restype = found.maskpack_steps_encode.restype = c_int64
-        found.maskpack_steps_decode.restype = c_int32
+        found.maskpack_steps_choose.restype, found.maskpack_steps_decode.restype = c_int64, c_int32
         return found if found.maskpack_loops() == VERSION else None
     except (OSError, AttributeError):
         return None
@@ -81,7 +91,7 @@ def opened(path: Path) -> ctypes.CDLL | None:
 
 @cache
 def say_what_is_lost() -> None:
-    """Say, once, that decoding would be many times as fast with the library."""
+    """Warn once that decoding would be many times as fast with the compiled library."""
     logging.getLogger("maskpack").warning(
         "the compiled loops of maskpack are missing, so that masks decode about ten times more slowly; "
         "install a wheel, or install again where there is a C compiler"

@@ -1,4 +1,4 @@
-"""The codec logit on a GPU: the bits that the other ways of decoding give, many payloads in one launch.
+"""Decoder of the codec `logit` on a GPU, in Triton: many payloads in one launch, the same bits as on a CPU.
 
 A program (one warp) decodes a lane: it evaluates the model for BLOCK weights at once, adds up their hazards, and takes
 the events one after another. With TRITON_INTERPRET=1 the same code runs on a CPU, for tests.

@@ -4,6 +4,10 @@
    A payload is hostile: every size in it is compared with those of the shape, which the caller vouches for, before it is
    used; states, words and coefficients are values, or indices that are limited first. */
 
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF /* numpy rounds products */
+#endif
+
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -46,7 +50,7 @@ enum { INFINITE = 0x7F80, MAGNITUDES = INFINITE + 2, WORDS = 1 << 16 }; /* in bf
 enum { EXTREME = 384 }; /* of the fit: log-odds in 1/32 nat that its curve goes to */
 
 /* Counts up with every change of what stands below: a library of another source is not used. */
-API int64_t maskpack_loops(void) { return 10; }
+API int64_t maskpack_loops(void) { return 11; }
 
 typedef struct {
     const uint16_t *hazard;   /* LEVELS entries, each at most 8 UNIT */
@@ -84,10 +88,9 @@ static void ranks(const Given *given, int64_t count, int parts, uint32_t *have, 
         for (int64_t i = 0; i < count; i++) have[((const uint16_t *)given->weights)[i]]++;
     else
         for (int64_t i = 0; i < count; i++) have[magnitude(word_of(given, i))]++;
-    for (uint32_t word = 0; given->width == 2 && word < WORDS; word++) {
-        uint32_t own = magnitude(word << 16), number = have[word];
-        have[word] = 0; /* a magnitude is never above its word */
-        have[own] += number;
+    if (given->width == 2) {
+        for (uint32_t word = 0; word < WORDS / 2; word++) have[word] += have[word + WORDS / 2];
+        for (uint32_t word = INFINITE + 2; word < WORDS / 2; word++) have[INFINITE + 1] += have[word]; /* NaN */
     }
     for (int v = 0; v < MAGNITUDES; v++)
         if (have[v]) {
@@ -201,6 +204,8 @@ static int64_t varint(Reader *reader) {
     return 0;
 }
 
+static const int32_t STEPS[16] = {1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32}; /* of coefficients, in 1/16 nat */
+
 /* What a payload says before its lanes, and all that a model takes. */
 typedef struct {
     int64_t offset, lanes, coefficients;
@@ -214,19 +219,16 @@ typedef struct {
     int sorted;                                            /* whether a class follows from comparing a word with `under` */
     int16_t under[CLASSES], more[CLASSES];                 /* the magnitude below a class; what it adds more than the one before */
     int32_t contexts[2 * KINDS];                           /* what the events that were counted in a kernel add, by sign */
-    const int32_t *steps;
 } Model;
 
 /* Returns whether the head of a payload, up to the number of lanes, is one for this shape. */
 static int head(Model *model, Reader *reader, const Given *given) {
-    static const int32_t steps[16] = {1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32};
     int64_t rows = given->rows, inputs = given->inputs, positions = given->positions, units = rows * inputs;
     int64_t sizes[ARRAYS] = {rows > 1 ? rows : 0, inputs > 1 && rows * positions > 1 ? inputs : 0,
                              positions > 1 ? positions : 0, positions == 1 ? 0 : given->width ? SAME * OTHER : SAME,
                              given->width ? CLASSES : 0, given->reference ? 1 : 0};
     int flags = (int)byte(reader) >> 1;
     memset(model, 0, sizeof *model);
-    model->steps = steps;
     model->offset = HIGHEST - varint(reader);
     if (given->width && positions == 1 && rows >= LEAST_SIDE && inputs >= LEAST_SIDE) model->rank = (int)byte(reader);
     if (reader->bad || flags >> ARRAYS || model->rank > MAX_RANK || model->offset < -LEVELS) return 0;
@@ -262,7 +264,7 @@ static int scale(Model *model, const Given *given) {
     int64_t rows = given->rows, inputs = given->inputs, rank = model->rank;
     if (rank && !(model->lean = malloc((size_t)(rank * (rows + inputs)) * sizeof(float)))) return 0;
     for (int n = 0; n < model->arrays; n++) {
-        int32_t step = model->steps[model->code[n] >> 4], k = model->name[n] - ARRAYS;
+        int32_t step = STEPS[model->code[n] >> 4], k = model->name[n] - ARRAYS;
         for (int64_t i = 1; model->name[n] == MAGNITUDE && i < CLASSES; i++) at[i] += at[i - 1];
         for (int64_t i = 0; i < model->size[n]; i++) at[i] *= step;
         if (k < 0) model->array[model->name[n]] = at;
@@ -638,6 +640,7 @@ typedef struct {
     const int32_t *columns;                        /* of a part of the weights, where not all are looked at */
     const int64_t *ends;                           /* how many of them are before each row, and in all */
     const uint8_t *shifts;                         /* one of 2^shift weights of each class of magnitude is among them */
+    const uint8_t *classes;                        /* of magnitude, of each of them */
     const uint8_t *events, *index[ARRAYS];         /* positions, rows, inputs; of those arrays that go by what is known */
     const int32_t *array[ARRAYS], *left, *right;   /* NULL where all is 0; (rows, rank), (rank, inputs) */
     const uint8_t *signs;                          /* 128 set where the base is negative */
@@ -741,15 +744,19 @@ static void project(const Probes *probes, int64_t row, int64_t inputs, const int
 
 static const int64_t BINNED[ARRAYS] = {0, 0, 0, SAME * OTHER, CLASSES, 2};
 
-/* Counts events, of a parameter without kernels, at rising places: those of each row and input, and by each index. */
-API void maskpack_counts(int64_t inputs, const int32_t *places, int64_t count, const uint8_t *const *index, int64_t *const *sums) {
-    for (int64_t e = 0, row = 0, start = 0; e < count; e++) {
-        int64_t place = places[e];
-        for (; place - start >= inputs; start += inputs) row++;
-        if (sums[ROW]) sums[ROW][row]++;
-        if (sums[INPUT]) sums[INPUT][place - start]++;
-        for (int n = BEFORE; n < ARRAYS; n++)
-            if (sums[n]) sums[n][index[n][place]]++;
+/* Counts events, of a parameter without kernels: those of each row and input, and by each index. */
+API void maskpack_counts(int64_t inputs, const uint8_t *bits, int64_t bytes, const uint8_t *const *index, int64_t *const *sums) {
+    for (int64_t first = 0, row = 0, start = 0; first < bytes; first += 8) {
+        uint64_t ones = 0;
+        memcpy(&ones, bits + first, (size_t)least(bytes - first, 8)); /* the lowest first, as of the machine's words */
+        for (; ones; ones &= ones - 1) {
+            int64_t place = 8 * first + LOWEST(ones);
+            for (; place - start >= inputs; start += inputs) row++;
+            if (sums[ROW]) sums[ROW][row]++;
+            if (sums[INPUT]) sums[INPUT][place - start]++;
+            for (int n = BEFORE; n < ARRAYS; n++)
+                if (sums[n]) sums[n][index[n][place]]++;
+        }
     }
 }
 
@@ -788,29 +795,31 @@ API void maskpack_sums(const Fit *fit, int64_t *total, int64_t *const *sums, int
         }
 }
 
-/* The columns of the weights to look at: of each class of magnitude those for which column + turn * row, by its mask, is 0. */
+/* The columns of the weights to look at, and their classes: of each class those for which column + turn * row, by its mask,
+   is 0. */
 API void maskpack_part(int64_t rows, int64_t inputs, int32_t turn, const uint8_t *classes, const int32_t *masks, int32_t *columns,
-                       int64_t *ends) {
+                       int64_t *ends, uint8_t *found) {
     int64_t at = 0;
     for (int64_t row = 0; row < rows; row++) {
         int32_t turned = (int32_t)(turn * row & 0xFFFF);
         const uint8_t *own = classes ? classes + row * inputs : NULL;
         for (int32_t i = 0; i < inputs; i++) {
+            uint8_t class = own ? own[i] : 0;
             columns[at] = i;
-            at += !((i + turned) & masks[own ? own[i] : 0]);
+            found[at] = class;
+            at += !((i + turned) & masks[class]);
         }
         ends[row + 1] = at;
     }
 }
 
-/* p and p (1 - p), in one number, of some weights of a row, and the sums of both; at most PIECE. `classes`: room for theirs. */
-WIDE static void odds_of(const Fit *fit, int64_t row, const int32_t *columns, int64_t count, uint8_t *classes, int64_t *both,
+/* p and p (1 - p), in one number, of some weights of a row, and the sums of both; at most PIECE. */
+WIDE static void odds_of(const Fit *fit, int64_t row, const int32_t *columns, int64_t count, const uint8_t *classes, int64_t *both,
                          int64_t *slope, int64_t *curvature) {
-    const uint8_t *index = fit->index[MAGNITUDE], *other = fit->index[REFERENCE];
+    const uint8_t *other = fit->index[REFERENCE];
     const int32_t *input = fit->array[INPUT], *class = fit->array[MAGNITUDE], *reference = fit->array[REFERENCE];
     int64_t place = row * fit->inputs;
     int32_t base = (int32_t)fit->offset + (fit->array[ROW] ? fit->array[ROW][row] : 0), at[PIECE], sums[2] = {0, 0};
-    for (int64_t i = 0; i < count; i++) classes[i] = index ? index[place + columns[i]] : 0;
     for (int64_t i = 0; i < count; i++) at[i] = base;
     for (int64_t i = 0; input && i < count; i++) at[i] += input[columns[i]];
     for (int64_t i = 0; class && i < count; i++) at[i] += class[classes[i]];
@@ -834,7 +843,7 @@ API void maskpack_sums_of_part(const Fit *fit, int64_t *total, int64_t *const *s
         int64_t slope = 0, curvature = 0, count, place = row * fit->inputs;
         for (int64_t first = fit->ends[row]; first < fit->ends[row + 1]; first += count) {
             const int32_t *columns = fit->columns + first;
-            uint8_t classes[PIECE];
+            const uint8_t *classes = fit->classes + first;
             int64_t both[PIECE];
             count = least(fit->ends[row + 1] - first, PIECE);
             odds_of(fit, row, columns, count, classes, both, &slope, &curvature);
@@ -906,6 +915,191 @@ API int32_t maskpack_in_steps(int64_t count, double step, const double *values, 
         }
     }
     return cheapest(count, integers, prices, found);
+}
+
+/* A fit without a low rank; what is not said here is Fit's of logit_fit.py. */
+typedef struct {
+    Fit fit;
+    int64_t number, sizes[ARRAYS];        /* of events; of the coefficients of each array */
+    const int64_t *counts[ARRAYS];        /* of events by each coefficient, where a part of the weights is looked at */
+    const double *prices;                 /* of coefficients in each table */
+    double offset, left_over, *values[ARRAYS], worth[ARRAYS]; /* NULL where an array is not there, or is forgotten */
+    int32_t *integers[ARRAYS], codes[ARRAYS];                 /* what is chosen; 0: all are 0 */
+} Fitting;
+
+/* Room for what is summed up, and for coefficients in 1/256 nat. */
+typedef struct {
+    int64_t total[2], *sums[ARRAYS];
+    int32_t *whole[ARRAYS], *held;
+} Room;
+
+enum { NAT = 256, ROUNDS = 5, LEAST_WORTH = 12, TRIED = 9 };
+static const double PRIORS[ARRAYS] = {4, 4, 1, .3, .3, .3}, LAST_PRIOR = .3, TWICE_LN2 = 2 * 0.6931471805599453;
+
+static int64_t bins_of(const Fitting *own, int n) { return BINNED[n] ? BINNED[n] : own->sizes[n]; }
+static double exact(double value) { return nearest(value * NAT) / NAT; }
+static double limited(double value) { return value < -1 ? -1 : value > 1 ? 1 : value; }
+static double slope_of(const Room *room, int n, int64_t i) { return (double)room->sums[n][i + (n == REFERENCE)] / ONE; }
+static double curvature_of(const Fitting *own, const Room *room, int n, int64_t i) {
+    return (double)room->sums[n][bins_of(own, n) + i + (n == REFERENCE)] / ONE;
+}
+
+/* Sums up along the arrays that `names` has the bits of. */
+static void sum_up(Fitting *own, Room *room, int names) {
+    int64_t *sums[ARRAYS] = {0};
+    memset(room->total, 0, sizeof room->total);
+    own->fit.offset = (int64_t)nearest(NAT * own->offset);
+    for (int n = 0; n < ARRAYS; n++) {
+        own->fit.array[n] = own->values[n] ? room->whole[n] : NULL;
+        for (int64_t i = 0; own->values[n] && i < own->sizes[n]; i++)
+            room->whole[n][i + (n == REFERENCE)] = (int32_t)nearest(NAT * own->values[n][i]);
+        if (names >> n & 1) memset(sums[n] = room->sums[n], 0, (size_t)(2 * bins_of(own, n)) * sizeof(int64_t));
+    }
+    if (!own->fit.columns) {
+        maskpack_sums(&own->fit, room->total, sums, room->held);
+        return;
+    }
+    maskpack_sums_of_part(&own->fit, room->total, sums, room->held);
+    room->total[0] = ONE * own->number - room->total[0];
+    for (int n = 0; n < ARRAYS; n++)
+        for (int64_t i = 0; sums[n] && i < bins_of(own, n); i++) sums[n][i] = ONE * own->counts[n][i] - sums[n][i];
+}
+
+static void better(Fitting *own, Room *room, int names, const double *priors) {
+    sum_up(own, room, names);
+    double step = (double)room->total[0] / (double)room->total[1];
+    own->offset = nearest(NAT * (own->offset + limited(step))) / NAT;
+    own->left_over = 0;
+    for (int n = 0; n < ARRAYS; n++) {
+        double prior = priors ? priors[n] : LAST_PRIOR, worth = 0;
+        for (int64_t i = 0; names >> n & 1 && i < own->sizes[n]; i++) {
+            double slope = slope_of(room, n, i), curvature = curvature_of(own, room, n, i), value = own->values[n][i];
+            if (n != REFERENCE) slope -= step * curvature;
+            double moved = (slope - prior * value) / (curvature + prior), taken = limited(moved);
+            own->left_over += exact(curvature * ((moved - taken) * (moved - taken)));
+            own->values[n][i] = value = exact(value + taken);
+            double certain = curvature / (curvature + prior), noise = certain * certain * (own->fit.columns ? 1.15 : 0);
+            worth += exact(curvature * (value * value) - noise);
+        }
+        if (names >> n & 1) own->worth[n] = worth / TWICE_LN2;
+    }
+}
+
+static void forget_arrays(Fitting *own) {
+    for (int n = 0; n < ARRAYS; n++)
+        if (own->values[n] && own->worth[n] < LEAST_WORTH) own->values[n] = NULL;
+}
+
+static double natural(double value) { /* logarithm */
+    double sum = 0, whole = 0;
+    for (; value >= 1; value /= 2) whole++;
+    for (; value < .5; value *= 2) whole--;
+    double part = (value - 1) / (value + 1);
+    for (int k = 33; k > 0; k -= 2) sum = sum * (part * part) + 1. / k;
+    return whole * 0.6931471805599453 + 2 * part * sum;
+}
+
+static void start(Fitting *own, Room *room) {
+    int names = (own->values[MAGNITUDE] ? 1 << MAGNITUDE : 0) | (own->values[REFERENCE] ? 1 << REFERENCE : 0);
+    sum_up(own, room, names);
+    int32_t both = own->fit.curve[(((int32_t)nearest(NAT * own->offset) + 4) >> 3) + EXTREME];
+    double p = (double)(both >> 16) / ONE, variance = (double)(both & 0xFFFF) / ONE;
+    for (int n = MAGNITUDE; n <= REFERENCE; n++)
+        for (int64_t i = 0; names >> n & 1 && i < own->sizes[n]; i++) {
+            double slope = slope_of(room, n, i), all = curvature_of(own, room, n, i) / variance;
+            double have = all * p, rest = all * (1 - p);
+            have = (have < 0 ? 0 : have) + slope, rest = (rest < 0 ? 0 : rest) - slope;
+            own->values[n][i] = exact(natural(((have < 0 ? 0 : have) + 1) / ((rest < 0 ? 0 : rest) + 1)) - own->offset);
+        }
+}
+
+/* Integers for this step, of coefficients, or of how each differs from the one before; returns what they cost. */
+static double in_steps(const Fitting *own, int n, const double *lost, int number, int32_t *integers, int32_t *table) {
+    double found[2] = {0, 0}, step = STEPS[number] / 16., places[COEFFICIENTS];
+    const double *values = own->values[n];
+    if (n != MAGNITUDE) {
+        for (int c = 0; c < COEFFICIENTS; c++) places[c] = (c - COEFFICIENTS / 2) * step;
+        *table = maskpack_in_steps(own->sizes[n], step, values, lost, places, own->prices, integers, found);
+        return found[0] + found[1];
+    }
+    int32_t before = 0, sum = 0;
+    for (int64_t i = 0; i < own->sizes[n]; i++) {
+        int32_t whole = (int32_t)nearest(values[i] / step), own_part = whole - before;
+        before = whole;
+        integers[i] = own_part < -(COEFFICIENTS / 2) ? -(COEFFICIENTS / 2) : own_part > COEFFICIENTS / 2 ? COEFFICIENTS / 2 : own_part;
+        sum += integers[i];
+        double off = values[i] - sum * step;
+        found[1] += exact(lost[i] * (off * off));
+    }
+    *table = cheapest(own->sizes[n], integers, own->prices, found);
+    return found[0] + found[1];
+}
+
+/* Chooses integers, step and table of an array, whose sums are there, and gives it what they stand for; `held`: room. */
+static void round_array(Fitting *own, Room *room, int n, double *lost, int32_t *held) {
+    static const int tried[TRIED] = {1, 2, 3, 5, 7, 9, 11, 12, 13};
+    int64_t size = own->sizes[n];
+    double none = 0, best = 0, cost;
+    int at = TRIED / 2;
+    int32_t table, sum = 0;
+    for (int64_t i = 0; i < size; i++) {
+        lost[i] = curvature_of(own, room, n, i) / TWICE_LN2;
+        none += exact(lost[i] * own->values[n][i] * own->values[n][i]);
+    }
+    best = in_steps(own, n, lost, tried[at], own->integers[n], &table);
+    own->codes[n] = tried[at] << 4 | (table + 1);
+    for (int way = 1; way >= -1; way -= 2)
+        for (int place = own->codes[n] >> 4 == tried[at] ? at + way : -1; place >= 0 && place < TRIED; place += way) {
+            if ((cost = in_steps(own, n, lost, tried[place], held, &table)) >= best) break;
+            best = cost;
+            own->codes[n] = tried[place] << 4 | (table + 1);
+            memcpy(own->integers[n], held, (size_t)size * sizeof *held);
+        }
+    if (none <= best) own->codes[n] = 0;
+    for (int64_t i = 0; i < size; i++) {
+        sum = n == MAGNITUDE ? sum + own->integers[n][i] : own->integers[n][i];
+        own->values[n][i] = own->codes[n] ? sum * (STEPS[own->codes[n] >> 4] / 16.) : 0;
+    }
+}
+
+/* Fits, and rounds; returns 0 without memory. */
+API int32_t maskpack_fit(Fitting *own) {
+    static const int last[ARRAYS] = {MAGNITUDE, BEFORE, POSITION, REFERENCE, INPUT, ROW};
+    static const int together[3] = {1 << MAGNITUDE | 1 << POSITION | 1 << REFERENCE, 1 << BEFORE, 1 << ROW | 1 << INPUT};
+    int part = own->fit.columns != NULL;
+    int64_t room_for = 2 * own->fit.inputs, longest = 0, at = 0;
+    for (int n = 0; n < ARRAYS; n++) {
+        room_for += 3 * bins_of(own, n) + 1;
+        longest = bins_of(own, n) > longest ? bins_of(own, n) : longest;
+    }
+    int64_t *memory = calloc((size_t)(room_for + 2 * longest), sizeof *memory);
+    if (!memory) return 0;
+    Room room = {{0, 0}, {0}, {0}, NULL};
+    for (int n = 0; n < ARRAYS; at += 3 * bins_of(own, n) + 1, n++) {
+        room.sums[n] = memory + at;
+        room.whole[n] = (int32_t *)(memory + at + 2 * bins_of(own, n));
+    }
+    double *lost = (double *)(memory + at);
+    int32_t *held = (int32_t *)(memory + at + longest);
+    room.held = (int32_t *)(memory + at + 2 * longest);
+    if (part) start(own, &room);
+    for (int number = 0, done = 0; number < ROUNDS && !done; number++) {
+        for (int group = 0; group < (part ? 1 : 3); group++) {
+            int names = 0;
+            for (int n = 0; n < ARRAYS; n++) names |= own->values[n] && (part || together[group] >> n & 1) ? 1 << n : 0;
+            if (names) better(own, &room, names, PRIORS);
+        }
+        done = part && own->left_over < 8 * LEAST_WORTH;
+        if (done || number == 1) forget_arrays(own);
+    }
+    for (int k = 0; k < ARRAYS; k++)
+        if (own->values[last[k]]) {
+            better(own, &room, 1 << last[k], NULL);
+            round_array(own, &room, last[k], lost, held);
+        }
+    for (int turn = part; turn < 2; turn++) better(own, &room, 0, PRIORS);
+    free(memory);
+    return 1;
 }
 
 /* --- stored values, as steps from the base's (docs/format.md section 6.3; ulps.py) ----------------------------------- */
@@ -1010,6 +1204,77 @@ ALWAYS int64_t count_of(const Steps given, const int64_t width, const void *valu
 
 API int64_t maskpack_steps_count(const Steps *steps, const void *values, int64_t *counts, uint16_t *kinds, uint8_t *bits) {
     return steps->width == 4 ? count_of(*steps, 4, values, counts, kinds, bits) : count_of(*steps, 2, values, counts, kinds, bits);
+}
+
+/* Slots of each bucket of a table; of the bucket that comes most it has what is left. */
+static void slots_of(const uint8_t *numbers, int32_t *sizes) {
+    static const int32_t weights[16] = {0, 1, 2, 3, 5, 9, 16, 28, 49, 85, 149, 261, 457, 800, 1400, 2450};
+    int32_t sum = 0, left = SLOTS, most = 0;
+    for (int b = 0; b < BUCKETS; b++) sum += weights[numbers[b]];
+    for (int b = 0; b < BUCKETS; b++) {
+        int32_t own = weights[numbers[b]], size = own ? SLOTS * own / sum : 0;
+        sizes[b] = own && !size ? 1 : size;
+        left -= sizes[b];
+        most = own > weights[numbers[most]] ? b : most;
+    }
+    sizes[most] += left;
+}
+
+/* Entries of the buckets of each table: slots << 18 | first slot << 6 | bucket. */
+API void maskpack_steps_entries(int64_t contexts, const uint8_t *tables, uint32_t *entries) {
+    for (int64_t c = 0; c < contexts; c++) {
+        int32_t sizes[BUCKETS], first = 0;
+        slots_of(tables + c * BUCKETS, sizes);
+        for (int b = 0; b < BUCKETS; first += sizes[b++])
+            entries[c * BUCKETS + b] = sizes[b] ? (uint32_t)(sizes[b] << 18 | first << 6 | b) : 0;
+    }
+}
+
+/* The table nearest to how often buckets come (`last`: the highest of them), and its bits and those of saying the buckets. */
+static double nearest_table(const int64_t *counts, const double *bounds, const double *logs, uint8_t *numbers, int *last) {
+    int32_t sizes[BUCKETS];
+    int64_t most = 0;
+    double bits = 0;
+    *last = 0;
+    for (int b = 0; b < BUCKETS; b++) most = counts[b] > most ? counts[b] : most;
+    for (int b = 0; b < BUCKETS; b++) {
+        double wanted = (double)counts[b] / (double)(most ? most : 1) * 2450;
+        numbers[b] = counts[b] > 0;
+        while (numbers[b] && numbers[b] < 15 && wanted > bounds[numbers[b] - 1]) numbers[b]++;
+        if (counts[b]) *last = b;
+    }
+    if (!most) numbers[0] = 1;
+    slots_of(numbers, sizes);
+    for (int b = 0; b < BUCKETS; b++) bits += (double)counts[b] * logs[counts[b] ? sizes[b] : SLOTS];
+    return bits + 8 + 4 * (*last + 1);
+}
+
+/* Chooses the tables of as many contexts as are worth it, and returns how many; `logs`: bits of each number of slots. */
+API int64_t maskpack_steps_choose(const int64_t *counts, const double *bounds, const double *logs, int32_t *top, uint8_t *tables) {
+    static const int tried[6] = {1, 2, 4, 8, 12, MOST_CONTEXTS};
+    int bottom = -1, chosen = 0, ignored;
+    double alone = 0, best = 0;
+    int64_t rest[BUCKETS] = {0};
+    for (int e = 0; e < EXPONENTS; e++)
+        for (int b = 0; b < BUCKETS; b++)
+            if (counts[e * BUCKETS + b]) *top = e, bottom = bottom < 0 ? e : bottom, rest[b] += counts[e * BUCKETS + b];
+    for (int k = 0, at = 1; k < 6 && (!k || tried[k - 1] <= *top - bottom); k++) {
+        uint8_t numbers[BUCKETS];
+        for (; at < tried[k]; at++) { /* a table of its own for one exponent more */
+            static const int64_t none[BUCKETS];
+            const int64_t *own = *top - at + 1 < 0 ? none : counts + (*top - at + 1) * BUCKETS;
+            for (int b = 0; b < BUCKETS; b++) rest[b] -= own[b];
+            alone += nearest_table(own, bounds, logs, tables + (at - 1) * BUCKETS, &ignored);
+        }
+        double cost = alone + nearest_table(rest, bounds, logs, numbers, &ignored);
+        if (!k || cost < best) {
+            best = cost;
+            chosen = tried[k];
+            memcpy(tables + MOST_CONTEXTS * BUCKETS, numbers, sizeof numbers);
+        }
+    }
+    memcpy(tables + (chosen - 1) * BUCKETS, tables + MOST_CONTEXTS * BUCKETS, BUCKETS);
+    return chosen;
 }
 
 /* Writes words from the end of `words` (2 lanes + count) backwards, and returns how many. */

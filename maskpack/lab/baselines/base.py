@@ -11,10 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
-import torch
 from torch import Tensor
 
-from ...backbone.classifier import Classifier, Inputs, embeddings, example_count, to_device
+from ...backbone.classifier import Classifier, Inputs, embed_batch, to_device
 from ...backbone.load import Backbone
 from ...errors import ConfigError
 from ...registry import Registry
@@ -63,8 +62,7 @@ class Trial:
 
     def features(self, inputs: Inputs) -> Tensor:
         """Return features of a batch by the backbone as it is now, (B, D) float32 on the CPU."""
-        labels = torch.zeros(example_count(inputs), dtype=torch.long)
-        return embeddings(self.backbone, [(inputs, labels)])[0]
+        return embed_batch(self.backbone.model, self.backbone.embedding, inputs)
 
     def probed(self, probe: Probe) -> Predict:
         """Return a function from a batch to the logits of a probe, on features by the backbone as it is then."""

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ...backbone.load import Backbone
-from ...backbone.model import named_parameters
+from ...backbone.model import all_names, named_parameters
 from ...backbone.select import select_parameters
 from ...errors import ConfigError, require
 from ...training.config import TrainConfig
-from ...training.scores import all_names, owner, put_on
+from ...training.scores import owner, put_on
 from .base import BASELINES, Rates
 from .dense import Dense
 

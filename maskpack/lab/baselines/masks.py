@@ -178,7 +178,7 @@ def _write(
     trial: Trial, parts: Parts | Mapping[str, Parts], base: Fingerprint, about: About, cascade: Cascade | None = None
 ) -> Adapter:
     path = trial.folder / "mask.safetensors"
-    return save_adapter(path, parts, base, about, cascade=cascade, weights=trial.backbone.model)
+    return save_adapter(path, parts, base, about, cascade=cascade, weights=trial.backbone.model, overwrite=True)
 
 
 def _learned(result: TrainResult) -> int:
@@ -192,10 +192,8 @@ def _learned(result: TrainResult) -> int:
 
 def stored(adapter: Adapter) -> dict[str, int]:
     """Return the bytes of an adapter file by what they are; their sum is the file's size."""
-    about = inspect_adapter(adapter)
-    sets = about["sets"].values()
-    sizes = {"masks": sum(one["payload_bytes"] for one in sets), "head": 0, "statistics": 0}
-    for found in (*(one["dense_bytes"] for one in sets), about["cascade"]["bytes"] if about["cascade"] else {}):
-        for role, size in found.items():
-            sizes[role] = sizes.get(role, 0) + size
-    return {**sizes, "index": about["size"] - sum(sizes.values())}
+    sizes = {"masks": 0, "head": 0, "statistics": 0, "index": 0}
+    for part, size in inspect_adapter(adapter)["bytes"].items():
+        role = part.partition("/")[2].replace("payloads", "masks") or "index"
+        sizes[role] = sizes.get(role, 0) + size
+    return sizes

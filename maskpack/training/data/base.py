@@ -431,15 +431,18 @@ def _is_image(feature: Any) -> bool:
     return isinstance(feature, datasets.Image)
 
 
+def no_column(what: str, features: Mapping[str, Any], remedy: str) -> DataError:
+    """Return the error for data of which no column, or more than one, could be meant."""
+    return DataError(f"cannot tell which column holds the {what} among {', '.join(features)}; {remedy}")
+
+
 def find_input(features: Mapping[str, Any], label: str | None, kind: str = "text") -> str:
     """Return the column of images, or else of texts, or of another kind of `column_kind`; DataError if none is."""
     images = [name for name, feature in features.items() if _is_image(feature)]
     texts = [name for name, feature in features.items() if column_kind(feature) == kind and name != label]
     found = images or [n for n in TEXT_NAMES if n in texts][:1] or texts
     if len(found) != 1:
-        raise DataError(
-            f"cannot tell which column holds the inputs among {', '.join(features)}; name it with --input-column"
-        )
+        raise no_column("inputs", features, "name it with --input-column")
     return found[0]
 
 
@@ -450,11 +453,11 @@ def find_label(features: Mapping[str, Any]) -> str:
     typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     found = [n for n in LABEL_NAMES if n in typed] or typed or [n for n in LABEL_NAMES if n in features]
     if not found:
-        raise DataError(
-            f"cannot tell which column holds the labels among {', '.join(features)}; name it with --label-column, or "
-            f"put the images of each class into a folder of its own; without labels train with --objective "
-            f"self-supervised, a cascade also with --no-labels"
+        remedy = (
+            "name it with --label-column, or put the images of each class into a folder of its own; without labels "
+            "train with --objective self-supervised, a cascade also with --no-labels"
         )
+        raise no_column("labels", features, remedy)
     return found[0]
 
 

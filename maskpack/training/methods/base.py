@@ -52,6 +52,7 @@ class Method(Options, ABC):
         rising: each weight has one score, is kept above some value of it and removed (op "zero") or flipped below. So a
             number added to all scores makes the mask denser, on which byte budgets and density penalties rely.
         partial: each weight has one score and the mask is all that is stored, so some weights may have scores alone.
+        detach_scale: the scale has no gradient.
     """
 
     id: ClassVar[str]
@@ -62,6 +63,7 @@ class Method(Options, ABC):
     hardens: ClassVar[bool] = False
     rising: ClassVar[bool] = False
     partial: ClassVar[bool] = False
+    detach_scale = False
 
     @abstractmethod
     def init_scores(self, weight: Tensor) -> Tensor:
@@ -87,7 +89,8 @@ class Method(Options, ABC):
         Where `state.training` is False it equals, to the bit, the weight under a loaded adapter. Default: the masked
         weight with a straight-through gradient (Bengio et al., 2013).
         """
-        return straight_through(weight, scores, self.binarize(scores.detach(), state), scale)
+        mask = self.binarize(scores.detach(), state)
+        return straight_through(weight, scores, mask, scale, detach_scale=self.detach_scale)
 
     def penalty(self, scores: Tensor, state: State) -> Tensor | None:
         """Return a scalar to add to the loss of a step for one parameter, or None."""

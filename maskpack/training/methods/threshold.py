@@ -58,10 +58,6 @@ class Threshold(FromAbove):
     def binarize(self, scores: Tensor, state: State = FINISHED) -> Tensor:
         return scores > self.threshold
 
-    def effective(self, weight: Tensor, scores: Tensor, scale: bool, state: State = FINISHED) -> Tensor:
-        mask = self.binarize(scores.detach())
-        return straight_through(weight, scores, mask, scale, detach_scale=self.detach_scale)
-
 
 @METHODS.register
 @dataclass(frozen=True)
@@ -120,7 +116,7 @@ class Gumbel(Even):
 
     def effective(self, weight: Tensor, scores: Tensor, scale: bool, state: State = FINISHED) -> Tensor:
         if not state.training:
-            return straight_through(weight, scores, self.binarize(scores.detach()), scale)
+            return super().effective(weight, scores, scale, state)
         first, second = torch.rand(2, *scores.shape, device=scores.device).add_(EPSILON).log_()
         soft = ((scores - (second / first + EPSILON).log()) / self.temperature).sigmoid()
         return straight_through(weight, soft, soft.detach() > 0.5, scale)

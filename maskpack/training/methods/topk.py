@@ -14,7 +14,7 @@ from ...backbone.shards import whole
 from ...errors import ConfigError
 from ...mask import masked_weight
 from ...registry import Positive, Range
-from .base import FINISHED, METHODS, Method, State, straight_through
+from .base import FINISHED, METHODS, Method, State
 
 
 @METHODS.register
@@ -35,6 +35,7 @@ class TopK(Method):
     id: ClassVar[str] = "topk"
     reference: ClassVar[str] = "https://arxiv.org/abs/1911.13299"
     partial: ClassVar[bool] = True
+    detach_scale = True  # the density is given, so the scale is a constant
 
     share: Annotated[float, Range(above=0, most=1)] = 0.5
     scope: Literal["tensor", "global"] = "tensor"
@@ -64,9 +65,7 @@ class TopK(Method):
         return greatest(self._compared(scores).flatten(), kept).reshape(scores.shape)
 
     def effective(self, weight: Tensor, scores: Tensor, scale: bool, state: State = FINISHED) -> Tensor:
-        mask = self.binarize(scores.detach(), state)
-        # the density is given, so the scale is a constant
-        return straight_through(weight, scores.abs() if self.absolute else scores, mask, scale, detach_scale=True)
+        return super().effective(weight, scores.abs() if self.absolute else scores, scale, state)
 
     def _compared(self, scores: Tensor) -> Tensor:
         return scores.detach().abs() if self.absolute else scores.detach()

@@ -17,7 +17,7 @@ from ...backbone.model import Head
 from ...errors import DataError
 from ...preprocess import ChatPreprocess, TextPreprocess
 from ..config import TrainConfig
-from ..data.base import TEXT_NAMES, Data, Examples, column_kind, loader, readable
+from ..data.base import TEXT_NAMES, Data, Examples, column_kind, loader, no_column, readable
 from ..features import SPLITS
 from .base import OBJECTIVES, Objective
 
@@ -58,10 +58,8 @@ class TextGeneration(Objective):
             return column or str(prompt), answer
         found = [name for name in TEXT_NAMES if name in texts][:1] or texts
         if len(found) != 1:
-            raise DataError(
-                f"cannot tell which column holds the texts among {', '.join(features)}; name it with --input-column, "
-                f"and that of answers to it with --label-column"
-            )
+            remedy = "name it with --input-column, and that of answers to it with --label-column"
+            raise no_column("texts", features, remedy)
         return found[0], "ends" if "ends" in features else None
 
     @classmethod

@@ -427,7 +427,10 @@ class Distribution(Objective):
         self.sums = torch.zeros(3, dtype=torch.float64)  # divergence, equal classes, examples
 
     def loss(self, module: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
-        return self._divergence(*module(batch[0])) + self.options.strength * self._density()
+        every = list(scored_weights(self.backbone.model).values())
+        kept = torch.stack([one.straight().sum() for one in every]).sum()
+        density = kept / sum(math.prod(one.shape) for one in every)
+        return self._divergence(*module(batch[0])) + self.options.strength * density
 
     def state(self) -> dict[str, Tensor]:
         return {"sums": self.sums.clone()}
@@ -457,9 +460,3 @@ class Distribution(Objective):
         agreed = float((masked.argmax(1) == whole.argmax(1)).sum())
         self.sums += torch.tensor([float(divergence.detach()) * len(masked), agreed, len(masked)], dtype=torch.float64)
         return divergence
-
-    def _density(self) -> Tensor:
-        every = list(scored_weights(self.backbone.model).values())
-        total = sum(math.prod(one.shape) for one in every)
-        parts = [one.binary().sum() + one.scores.sum() - one.scores.sum().detach() for one in every]
-        return torch.stack(parts).sum() / total

@@ -17,7 +17,7 @@ from ...errors import AdapterError, ConfigError, DataError
 from ...registry import Options, Positive, Share
 from ...safetensors_io import read_tensors
 from ..config import WEIGHT_LR, TrainConfig
-from ..data.base import LABEL_NAMES, Data, Examples, find_input, loader, readable
+from ..data.base import LABEL_NAMES, Data, Examples, find_input, loader, no_column, readable
 from ..features import SPLITS, Probe, by_class, embed, fit_probe, probe_accuracies
 from ..methods.base import build_method
 from ..own_loop import extract_masks
@@ -289,9 +289,7 @@ class Regression(Supervised):
     ) -> tuple[str, str | None]:
         label = label or next((name for name in NUMBER_NAMES if name in features), None)
         if label is None:
-            raise DataError(
-                f"cannot tell which column holds the numbers among {', '.join(features)}; name it with --label-column"
-            )
+            raise no_column("numbers", features, "name it with --label-column")
         return column or find_input(features, label), label
 
     @classmethod
