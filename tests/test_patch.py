@@ -24,7 +24,7 @@ from maskpack.adapter.edit import convert_adapter
 from maskpack.adapter.read import read_adapter
 from maskpack.adapter.values import Steps
 from maskpack.codecs import native, ulps
-from maskpack.codecs.base import where_ones, words_of
+from maskpack.codecs.base import where_ones
 from maskpack.errors import BackboneMismatchError, CorruptAdapterError, DataError
 from maskpack.importers.base import Imported, exact, import_file
 from maskpack.importers.checkpoint import Largest
@@ -244,10 +244,6 @@ def test_the_second_reader_reads_stored_values(tiny: nn.Module, tmp_path: Path) 
     for name, mask in found.masks.items():
         expected = tuned.get_parameter(name).detach()[~mask.tensor()].float().numpy()
         assert np.array_equal(dense[f"default/values/{name}"], expected)
-
-
-def test_words_of_a_single_weight() -> None:
-    assert words_of(torch.ones((), dtype=torch.bfloat16).expand(1)).tolist() == [0x3F80]
 
 
 def test_a_patch_needs_the_same_tensors(tiny: nn.Module, tmp_path: Path) -> None:
