@@ -7,7 +7,9 @@ the id of the mask that the code of docs/devices.md makes.
 import json
 import os
 import re
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +194,25 @@ def resumes(order: str, folder: Path) -> Iterator[tuple[str, bool]]:
     yield "resumed", same(scores_of(model), scores_of(other))
 
 
+@contextmanager
+def gathered_at_once() -> Iterator[list[int]]:
+    """Note, whenever a tensor is gathered, how many gathered ones are in memory."""
+    alive, counts = weakref.WeakSet[Tensor](), list[int]()
+    gather = DTensor.full_tensor
+
+    def counted(tensor: DTensor) -> Tensor:
+        found = gather(tensor)
+        alive.add(found)
+        counts.append(len(alive))
+        return found
+
+    DTensor.full_tensor = counted  # type: ignore[method-assign, assignment]
+    try:
+        yield counts
+    finally:
+        DTensor.full_tensor = gather  # type: ignore[method-assign]
+
+
 def adapters(folder: Path, inner: int) -> list[Adapter]:
     """Adapters of masks that remove, that are scaled, and that put other values in, with norms beside them."""
     model = Tiny(inner)
@@ -220,6 +241,12 @@ def applies(shard: Callable[[nn.Module], nn.Module], folder: Path, inner: int = 
     model = shard(Tiny(inner))
     made = adapters(folder, inner)
     yield "fingerprint", fingerprint(model, id="x") == fingerprint(alone, id="x")
+    with gathered_at_once() as counts:
+        fingerprint(model, id="x")
+        for adapter in made:
+            load_mask(model, adapter)
+            unload_mask(model)
+    yield "one tensor gathered at a time", bool(counts) and max(counts) == 1
     plain = output(model)
     yield "fingerprint after a pass", fingerprint(model, id="x") == fingerprint(alone, id="x")
     for number, adapter in enumerate(made):

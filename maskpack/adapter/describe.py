@@ -1,6 +1,7 @@
 """Description of an adapter file as plain values; nothing is decoded and no base is needed."""
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def inspect_adapter(adapter: Adapter | str | Path) -> dict[str, Any]:
     adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
     header, about = adapter.header, adapter.about
     parts = _bytes(adapter)
-    sets = {name: _set(one, _roles(parts, name)) for name, one in header.sets.items()}
+    roles = _roles(parts)
+    sets = {name: _set(one, roles[name]) for name, one in header.sets.items()}
     weights = sum(one["weights"] for one in sets.values())
     coded = sum(one["payload_bytes"] for one in sets.values())
     return {
@@ -45,7 +47,7 @@ def inspect_adapter(adapter: Adapter | str | Path) -> dict[str, Any]:
         "times_smaller_than_float32": 4 * weights / adapter.size,
         "times_smaller_than_one_bit": weights / 8 / coded if coded else None,
         "sets": sets,
-        "cascade": _cascade(adapter, _roles(parts, CASCADE.rstrip("/"))),
+        "cascade": _cascade(adapter, roles[CASCADE.rstrip("/")]),
     }
 
 
@@ -107,7 +109,11 @@ def _cascade(adapter: Adapter, dense: dict[str, int]) -> dict[str, Any] | None:
     return {**adapter.header.cascade, **sizes}
 
 
-def _roles(parts: dict[str, int], of: str) -> dict[str, int]:
-    """Return bytes of the dense tensors of a set (head, parameters, scale, …), or of the cascade, by role."""
-    own = {part.removeprefix(f"{of}/"): size for part, size in parts.items() if part.startswith(f"{of}/")}
-    return {role: size for role, size in own.items() if role != "payloads"}
+def _roles(parts: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Return bytes of the dense tensors (head, parameters, scale, …) of each set, and of the cascade, by role."""
+    found = defaultdict[str, dict[str, int]](dict)
+    for part, size in parts.items():
+        of, _, role = part.partition("/")
+        if role and role != "payloads":
+            found[of][role] = size
+    return found
