@@ -77,10 +77,12 @@ def run(task: str) -> None:
 
 
 def points(task: str) -> list[Point]:
-    """Return what is recorded of a task, by size."""
+    """Return what is recorded of a task, by size; nothing while ways are missing."""
     found = [(row["method"], row, False) for row in rows_of(NAME, task, ("probe", *OTHERS))]
     for name in MASKS:
         found += [(name, row, True) for row in rows_of(NAME, f"{task}: {name}", ("mask",))]
+    if not {"probe", *OTHERS, *MASKS} <= {name for name, _, _ in found}:
+        return []
     made = [
         Point(name, row["bytes"] - row["sizes"].get("head", 0), row["accuracies"], mask) for name, row, mask in found
     ]
@@ -127,18 +129,28 @@ def budgets(found: dict[str, list[Point]]) -> str:
 
 
 def picture(found: Sequence[Point]) -> Any:
-    """Draw accuracy over bytes; dominated points are grey."""
+    """Draw accuracy over bytes; dominated points are grey, those far below the probe are left out."""
     figure = new_figure(6.4, 3.6)
     axes, front = figure.add_subplot(), best(found)
-    for one in found:
-        shown = one in front
-        colour = ("#0072b2" if one.mask else "#d55e00") if shown else "#b8bcc2"
+    low, high = 100 * front[0].accuracy - 3, 100 * front[-1].accuracy + 1
+    for one in sorted(found, key=lambda one: one in front):  # grey ones below
+        colour = ("#0072b2" if one.mask else "#d55e00") if one in front else "#b8bcc2"
         axes.plot(max(one.size, 100), 100 * one.accuracy, "o" if one.mask else "s", color=colour, markersize=5)
-        if shown:
-            axes.annotate(
-                one.name, (max(one.size, 100), 100 * one.accuracy), (3, 3), textcoords="offset points", size=6
-            )
+    height = high
+    for one in reversed(front):  # names stand left of their points, from the top, a line apart
+        height = min(height - (high - low) / 24, 100 * one.accuracy)
+        axes.annotate(
+            one.name,
+            (max(one.size, 100), 100 * one.accuracy),
+            (max(one.size, 100) / 1.5, height),
+            size=6,
+            ha="right",
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "#b8bcc2", "linewidth": 0.6},
+        )
     axes.set_xscale("log")
+    axes.set_xlim(10)
+    axes.set_ylim(low, high)
     axes.set_xlabel(
         "bytes beside backbone and head (round: masks, square: others, grey: a smaller one is as good)", size=7
     )
