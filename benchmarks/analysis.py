@@ -45,6 +45,7 @@ from .measured import trial, trials
 from .report import NOTHING, command, percent, table, write_between
 from .tasks import IMAGES, RUNS, SEEDS, TEXTS, data_of, minilm, resnet
 
+NAME = "analysis"
 MARK = "python -m benchmarks.analysis --write docs/results/analysis.md"
 OUTPUT = RUNS / "analysis"
 POINTS = 11
@@ -152,7 +153,7 @@ def lines(target: str, kinds: Mapping[str, Kind], across: tuple[str, str], limit
 
     for ends in pairs:
         first, second = (f"{name} {seed}" for name, seed in ends)
-        trial("analysis-lines", {"target": target, "first": first, "second": second}, partial(line, ends))
+        trial(NAME, {"what": "lines", "target": target, "first": first, "second": second}, partial(line, ends))
 
 
 def basins() -> None:
@@ -182,7 +183,7 @@ def features() -> None:
         return {"pairs": distances(networks, body, state_of(one.backbone().model))}
 
     for target, measure in product(TARGETS, ("cka", "mistakes", "distance")):
-        trial("analysis-features", {"target": target, "measure": measure}, partial(measured, target, measure))
+        trial(NAME, {"what": "features", "target": target, "measure": measure}, partial(measured, target, measure))
 
 
 def critical() -> None:
@@ -198,10 +199,10 @@ def critical() -> None:
             about = {"target": target, "network": f"{name} {seed}"}
             whole = target == "sketch" and seed == SEEDS[0]
             rewind = partial(measured, target, name, seed, None, points=PATH if whole else 1)
-            trial("analysis-criticality", {**about, "noise": False}, rewind)
+            trial(NAME, {"what": "criticality", **about, "noise": False}, rewind)
             if whole:
                 noisy = partial(measured, target, name, seed, NOISY, noise=NOISE)
-                trial("analysis-criticality", {**about, "noise": True}, noisy)
+                trial(NAME, {"what": "criticality", **about, "noise": True}, noisy)
 
 
 def masks() -> None:
@@ -215,9 +216,9 @@ def masks() -> None:
         return criticality(evaluations, network.state, network.initial, groups)
 
     for split, seed in product(("train", "test"), SEEDS):
-        trial("analysis-masks", {"split": split, "seed": seed}, partial(measured, split, seed))
+        trial(NAME, {"what": "masks", "split": split, "seed": seed}, partial(measured, split, seed))
     for seed in SEEDS:
-        trial("analysis-halves", {"seed": seed}, partial(halves, seed))
+        trial(NAME, {"what": "halves", "seed": seed}, partial(halves, seed))
 
 
 def halves(seed: int) -> dict[str, Any]:
@@ -225,7 +226,7 @@ def halves(seed: int) -> dict[str, Any]:
     one = study("sketch")
     network, evaluations, folder = one.network("mask", MASK, seed), one.evaluations(), OUTPUT / "networks"
     assert network.masks is not None
-    (ranked,) = trials("analysis-masks", split="train", seed=seed)
+    (ranked,) = trials(NAME, what="masks", split="train", seed=seed)
     groups = grouped(evaluations.module, names=network.initial)
     order = [name for row in ranked["result"]["rows"] for name in groups[row["module"]]]
     upper, lower = order[: (len(order) + 1) // 2], order[(len(order) + 1) // 2 :]
@@ -256,19 +257,19 @@ def shuffle(target: str = "sketch") -> None:
     blocks = FEW_BLOCKS if target == XRAY else BLOCKS
     expected = list(product(blocks, STARTS, SEEDS))
     about = {} if target == "sketch" else {"target": target}
-    if len(trials("analysis-shuffle", target=about.get("target"))) == len(expected):
+    if len(trials(NAME, what="shuffle", target=about.get("target"))) == len(expected):
         return
     folder, data = OUTPUT / "-".join(["shuffle", *about.values()]), load_data(str(data_of(target)))
     feature_reuse(resnet(20), data, folder, config=SHUFFLED, blocks=blocks, seeds=SEEDS, report=told)
     for block, start, seed in expected:
         path = folder / f"{start}-{block}-{seed}" / "result.json"
-        trial("analysis-shuffle", {**about, "block": block, "start": start, "seed": seed}, partial(read, path))
+        trial(NAME, {"what": "shuffle", **about, "block": block, "start": start, "seed": seed}, partial(read, path))
     trial("settings", {"experiment": f"analysis-{folder.name}"}, partial(read, folder / "settings.json"))
 
 
 def checkpoints() -> None:
     """Training on sketches from the checkpoints of a network that learns CIFAR-10 from a random start."""
-    if len(trials("analysis-checkpoints")) == len(EPOCHS) * len(SEEDS):
+    if len(trials(NAME, what="checkpoints")) == len(EPOCHS) * len(SEEDS):
         return
     folder = OUTPUT / "checkpoints"
     cifar = load_data(str(data_of("cifar10")))
@@ -279,10 +280,10 @@ def checkpoints() -> None:
     found = from_checkpoints({"reference": resnet(20)["reference"]}, files, study("sketch").data, folder, **own)
     for row in found["rows"]:
         name = row["checkpoint"]
-        trial("analysis-pretraining", {"checkpoint": name}, partial(dict, accuracy=row["pretraining"]))
+        trial(NAME, {"what": "pretraining", "checkpoint": name}, partial(dict, accuracy=row["pretraining"]))
         for seed in SEEDS:
             path = folder / f"{name}-{seed}" / "result.json"
-            trial("analysis-checkpoints", {"checkpoint": name, "seed": seed}, partial(read, path))
+            trial(NAME, {"what": "checkpoints", "checkpoint": name, "seed": seed}, partial(read, path))
     trial("settings", {"experiment": "analysis-checkpoints"}, partial(read, folder / "settings.json"))
 
 
@@ -368,7 +369,7 @@ def line_rows(drawn: Drawn, titles: Mapping[str, str], words: str = "") -> str:
     """Return a row for pairs of the same kinds: accuracies of their ends with the seeds' deviation, and barriers."""
     rows, pictures = [], []
     for target, title in titles.items():
-        own = [{**one, **one["result"]} for one in trials("analysis-lines", target=target)]
+        own = [{**one, **one["result"]} for one in trials(NAME, what="lines", target=target)]
         pairs = sorted(own, key=lambda one: f"{one['first']} - {one['second']}")
         for kinds, alike in by_kinds(pairs).items():
             ends: dict[str, dict[str, float]] = {}
@@ -390,7 +391,7 @@ def feature_rows(drawn: Drawn) -> str:
     """Return a row for pairs of the same kinds: CKA of some blocks, distance, common mistakes."""
     rows, pictures, columns = [], [], ["first", "middle", "last"]
     for target in TARGETS:
-        found = {one["measure"]: one["result"] for one in trials("analysis-features", target=target)}
+        found = {one["measure"]: one["result"] for one in trials(NAME, what="features", target=target)}
         if len(found) < 3:
             continue
         cka, layers = found["cka"], found["cka"]["layers"]
@@ -413,7 +414,7 @@ def critical_rows(drawn: Drawn) -> str:
     """Return mean drops by stage, a picture of the first seed with its path, and the formal measure."""
     rows, pictures, noisy = [], [], []
     for target, kind in product(TARGETS, ("pretrained", "random")):
-        own = [one for one in trials("analysis-criticality", target=target) if one["network"].startswith(f"{kind} ")]
+        own = [one for one in trials(NAME, what="criticality", target=target) if one["network"].startswith(f"{kind} ")]
         found = [one["result"]["rows"] for one in own if not one["noise"]]
         if found:
             rows.append([target, kind, str(len(found)), *stages(found, "drop", 100, 1)])
@@ -445,7 +446,7 @@ def stages(found: Sequence[Sequence[Mapping[str, Any]]], key: str, factor: float
 
 def mask_rows(drawn: Drawn) -> str:
     """Return accuracy and bytes of masks of halves, and a picture of the accuracy lost by rewinding."""
-    found = [one["result"]["rows"] for one in trials("analysis-halves")]
+    found = [one["result"]["rows"] for one in trials(NAME, what="halves")]
     if not found:
         return ""
     rows = []
@@ -454,7 +455,7 @@ def mask_rows(drawn: Drawn) -> str:
         sizes = [f"{mean(row[key] for row in own):,.0f}" for key in ("weights", "bytes")]
         rows.append([name, percent([row["accuracy"] for row in own]), *sizes])
     drops: dict[str, list[float]] = {}
-    for one in trials("analysis-masks", split="test"):
+    for one in trials(NAME, what="masks", split="test"):
         for row in one["result"]["rows"]:
             drops.setdefault(row["module"], []).append(row["drop"])
     means = sorted(((mean(own), name) for name, own in drops.items()), key=lambda one: -one[0])
@@ -464,10 +465,10 @@ def mask_rows(drawn: Drawn) -> str:
     return table(["masked", "accuracy", "masked weights", "bytes of the masks"], rows, 1) + picture
 
 
-def summaries(experiment: str, *keys: str, target: str | None = None) -> list[dict[str, Any]]:
-    """Return the trials of an experiment with these settings in common: the mean over seeds and the deviation."""
+def summaries(what: str, *keys: str, target: str | None = None) -> list[dict[str, Any]]:
+    """Return the trials of an analysis with these settings in common: the mean over seeds and the deviation."""
     found: dict[tuple[Any, ...], list[float]] = {}
-    for one in trials(experiment, target=target):
+    for one in trials(NAME, what=what, target=target):
         found.setdefault(tuple(one[key] for key in keys), []).append(one["result"]["accuracy"])
     return [
         {
@@ -482,7 +483,7 @@ def summaries(experiment: str, *keys: str, target: str | None = None) -> list[di
 
 def shuffle_rows(drawn: Drawn, target: str | None = None) -> str:
     """Return accuracies of both starts by the side of the blocks."""
-    found = summaries("analysis-shuffle", "block", "start", target=target)
+    found = summaries("shuffle", "block", "start", target=target)
     if not found:
         return ""
     own = {(row["block"], row["start"]): row for row in found}
@@ -498,10 +499,8 @@ def shuffle_rows(drawn: Drawn, target: str | None = None) -> str:
 
 def checkpoint_rows(drawn: Drawn) -> str:
     """Return accuracies on the target by checkpoint."""
-    before = {one["checkpoint"]: one["result"]["accuracy"] for one in trials("analysis-pretraining")}
-    found = [
-        {**row, "pretraining": before[row["checkpoint"]]} for row in summaries("analysis-checkpoints", "checkpoint")
-    ]
+    before = {one["checkpoint"]: one["result"]["accuracy"] for one in trials(NAME, what="pretraining")}
+    found = [{**row, "pretraining": before[row["checkpoint"]]} for row in summaries("checkpoints", "checkpoint")]
     if not found:
         return ""
     rows = [(row["checkpoint"], f"{100 * row['pretraining']:.1f}", percent(row["accuracies"])) for row in found]

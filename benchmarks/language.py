@@ -44,7 +44,7 @@ from .measured import trial, trials
 from .report import NOTHING, command, table, write_between
 from .tasks import data_of
 
-NAME, STEP = "language", "language-step"
+NAME = "language"
 MARK = "python -m benchmarks.language --write docs/language-models.md"
 STEPS, SEEDS = 60, (0, 1, 2)
 BATCH, TOKENS = 4, 65  # of Shakespeare, and of a step that is timed; a block of 65 tokens has 64 to learn
@@ -274,8 +274,14 @@ def step() -> None:
         found[kind] = {"seconds": statistics.median(times), "times": times}
         found[kind] |= {"beside_base": taken[kind][-1][1], "peak": taken[kind][-1][2]}
     ratio = {name: found["mask"][name] / found["lora"][name] for name in ("seconds", "beside_base", "peak")}
-    about = {"batch": BATCH, "tokens": TOKENS - 1, "dtype": "float32", "day": time.strftime("%Y-%m-%d %H:%M")}
-    trial(STEP, about, lambda: {**found, "ratio": ratio})
+    about = {
+        "task": "step",
+        "batch": BATCH,
+        "tokens": TOKENS - 1,
+        "dtype": "float32",
+        "day": time.strftime("%Y-%m-%d %H:%M"),
+    }
+    trial(NAME, about, lambda: {**found, "ratio": ratio})
     print(ratio)
 
 
@@ -328,7 +334,7 @@ def write_pages(page: Path) -> None:
                 [steps, name, spread([result["validation"]]), f"{result['changed']:,}" if way == SMALL else "-"]
             )
     text += table(("steps", "distance", "validation perplexity", "weights removed"), rows, 0)
-    for one in trials(STEP):
+    for one in trials(NAME, task="step"):
         found = one["result"]
         cells = [
             [kind, f"{own['seconds']:.2f}", f"{own['beside_base'] / 1e6:,.0f}", f"{own['peak'] / 1e6:,.0f}"]

@@ -128,7 +128,7 @@ def all_unseen() -> None:
         masks(0)
     for domain in PACS:
         for seed in SEEDS:
-            trial(f"{NAME}-unseen", {"domain": domain, "seed": seed}, partial(unseen, domain, seed))
+            trial(NAME, {"way": "unseen", "domain": domain, "seed": seed}, partial(unseen, domain, seed))
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def unseen_rows() -> str:
     """Return accuracies on a domain by one mask of another domain, and by mixtures of three."""
     lines = []
     for domain in PACS:
-        found = [one["result"] for one in trials(f"{NAME}-unseen", domain=domain)]
+        found = [one["result"] for one in trials(NAME, way="unseen", domain=domain)]
         if found:
             single = found[0]["single"].values()
             cells = [percent([one[way]["accuracy"] for one in found]) for way in WAYS]
