@@ -42,7 +42,8 @@ static inline int LOWEST(uint64_t bits) {
 }
 #endif
 
-enum { RUN = 1024, SOME = 64, AHEAD = 8, NEVER = 1 << 30 }; /* weights that are coded at once; see hazards_of, reached */
+enum { RUN = 1024, SOME = 64, AHEAD = 32, NEVER = 1 << 30 }; /* weights that are coded at once; see sums_of, reached */
+enum { WAYS = 4, KEPT = 15, KEEP = 128 }; /* what is done side by side; see run_of */
 enum { BITS = 15, ONE = 1 << BITS, LOW = 1 << 16, WINDOW = 8192, LEVELS = 1024, SAME = 5, OTHER = 3, PIECE = 512 };
 enum { ROW, INPUT, POSITION, BEFORE, MAGNITUDE, REFERENCE, ARRAYS, MAX_RANK = 8, KINDS = SAME * SAME, CLASSES = 16 };
 enum { GROUP = 8, MAX_LANE = 1 << 18, HIGHEST = 32, LEAST_SIDE = 16 };
@@ -50,7 +51,7 @@ enum { INFINITE = 0x7F80, MAGNITUDES = INFINITE + 2, WORDS = 1 << 16 }; /* in bf
 enum { EXTREME = 384 }; /* of the fit: log-odds in 1/32 nat that its curve goes to */
 
 /* Counts up with every change of what stands below: a library of another source is not used. */
-API int64_t maskpack_loops(void) { return 11; }
+API int64_t maskpack_loops(void) { return 12; }
 
 typedef struct {
     const uint16_t *hazard;   /* LEVELS entries, each at most 8 UNIT */
@@ -114,25 +115,29 @@ static void below_classes(const uint8_t *rank, int16_t *under) {
     }
 }
 
-ALWAYS void add_some_classes(const int16_t *under, const int16_t *more, const uint16_t *words, uint16_t *sums) {
+ALWAYS void add_some_classes(const int16_t *under, const int16_t *more, int classes, const uint16_t *words, uint16_t *sums) {
     int16_t own[SOME];
     uint16_t sum[SOME];
     memcpy(sum, sums, sizeof sum);
     for (int i = 0; i < SOME; i++) own[i] = (int16_t)(words[i] & 0x7FFF);
-    for (int c = 1; c < CLASSES; c++)
+    for (int c = 0; c < classes; c++)
         for (int i = 0; i < SOME; i++) sum[i] = (uint16_t)(sum[i] + ((own[i] > under[c] ? -1 : 0) & more[c]));
     memcpy(sums, sum, sizeof sum);
 }
 
-/* Adds to `sums` what the classes of weights in bfloat16 add: `more` for each class that a weight is in or above. */
-WIDE static void add_classes(const int16_t *under, const int16_t *more, const uint16_t *words, int64_t count, uint16_t *sums) {
+/* Adds to `sums` what the classes of weights in bfloat16 add: `more` for each class but the first that a weight is in or above. */
+WIDE static void add_classes(const int16_t *all_under, const int16_t *all_more, const uint16_t *words, int64_t count, uint16_t *sums) {
+    int16_t under[CLASSES], more[CLASSES];
+    int classes = 0;
     int64_t first = 0;
-    for (; first + SOME <= count; first += SOME) add_some_classes(under, more, words + first, sums + first);
+    for (int c = 1; c < CLASSES; c++)
+        if (all_more[c]) under[classes] = all_under[c], more[classes++] = all_more[c];
+    for (; first + SOME <= count; first += SOME) add_some_classes(under, more, classes, words + first, sums + first);
     if (first == count) return;
     uint16_t own[SOME], sum[SOME];
     for (int64_t i = 0; i < SOME; i++) own[i] = first + i < count ? words[first + i] : 0, sum[i] = 0;
     for (int64_t i = first; i < count; i++) sum[i - first] = sums[i];
-    add_some_classes(under, more, own, sum);
+    add_some_classes(under, more, classes, own, sum);
     for (int64_t i = first; i < count; i++) sums[i] = sum[i - first];
 }
 
@@ -219,6 +224,8 @@ typedef struct {
     int sorted;                                            /* whether a class follows from comparing a word with `under` */
     int16_t under[CLASSES], more[CLASSES];                 /* the magnitude below a class; what it adds more than the one before */
     int32_t contexts[2 * KINDS];                           /* what the events that were counted in a kernel add, by sign */
+    int32_t row_step;                                      /* coefficients of rows are multiples of it */
+    uint32_t *kept[KEPT];                                  /* see sums_of */
 } Model;
 
 /* Returns whether the head of a payload, up to the number of lanes, is one for this shape. */
@@ -256,6 +263,7 @@ static void forget(Model *model) {
     free(model->values);
     free(model->lean);
     free(model->magnitudes);
+    for (int k = 0; k < KEPT; k++) free(model->kept[k]);
 }
 
 /* Multiplies out the coefficients in `values`, which are allocated; returns whether there was memory. */
@@ -268,6 +276,7 @@ static int scale(Model *model, const Given *given) {
         for (int64_t i = 1; model->name[n] == MAGNITUDE && i < CLASSES; i++) at[i] += at[i - 1];
         for (int64_t i = 0; i < model->size[n]; i++) at[i] *= step;
         if (k < 0) model->array[model->name[n]] = at;
+        if (model->name[n] == ROW) model->row_step = step;
         for (int64_t i = 0; k >= 0 && i < model->size[n]; i++)
             model->lean[k % 2 ? rank * rows + k / 2 * inputs + i : i * rank + k / 2] = (float)at[i];
         at += model->size[n];
@@ -343,12 +352,16 @@ WIDE static void levels_of(const Model *model, const Given *given, int64_t posit
     for (int64_t i = 0; i < count; i++) level[i] = level[i] < 0 ? 0 : level[i] >= LEVELS ? LEVELS - 1 : level[i];
 }
 
-/* Hazards as levels_of has levels; of at most RUN weights. */
-WIDE static void hazards_of(const Tables *tables, const Model *model, const Given *given, int64_t position, int64_t row,
-                            int64_t first, int64_t count, const uint8_t *seen, uint16_t *hazard) {
+/* Sums of the hazards of the levels that levels_of has, of at most RUN weights: before each, and of all; then AHEAD that are
+   higher than any. */
+WIDE static void add_up(const Tables *tables, const Model *model, const Given *given, int64_t position, int64_t row, int64_t first,
+                        int64_t count, const uint8_t *seen, uint32_t *sums) {
     const uint16_t *words = (const uint16_t *)given->weights + row * given->inputs + first;
     int32_t base = (int32_t)(LEVELS / 2 + model->offset) + (model->array[ROW] ? model->array[ROW][row] : 0);
-    if (!model->sorted || model->array[REFERENCE] || model->rank) {
+    uint16_t hazard[RUN];
+    uint32_t used = 0;
+    if (model->array[REFERENCE] || model->rank || model->array[BEFORE] || model->array[POSITION] ||
+        (model->array[MAGNITUDE] && !model->sorted)) {
         int32_t level[PIECE];
         for (int64_t from = 0, some; from < count; from += some) {
             some = least(count - from, PIECE);
@@ -357,41 +370,63 @@ WIDE static void hazards_of(const Tables *tables, const Model *model, const Give
         }
     } else if (model->array[INPUT]) {
         const int32_t *input = model->array[INPUT] + first;
-        base += model->array[MAGNITUDE][0];
+        base += model->array[MAGNITUDE] ? model->array[MAGNITUDE][0] : 0;
         for (int64_t i = 0; i < count; i++) hazard[i] = (uint16_t)(base + input[i]);
-        add_classes(model->under, model->more, words, count, hazard);
+        if (model->array[MAGNITUDE]) add_classes(model->under, model->more, words, count, hazard);
         for (int64_t i = 0; i < count; i++) {
             int16_t level = (int16_t)hazard[i];
-            hazard[i] = tables->hazard[level < 0 ? 0 : level >= LEVELS ? LEVELS - 1 : level];
+            hazard[i] = (uint16_t)(level < 0 ? 0 : level >= LEVELS ? LEVELS - 1 : level);
         }
+        for (int64_t i = 0; i < count; i++) hazard[i] = tables->hazard[hazard[i]];
     } else {
         int16_t more[CLASSES];
         uint16_t before = 0, own = 0;
         for (int c = 0; c < CLASSES; c++, before = own) {
-            int32_t level = base + model->array[MAGNITUDE][c];
+            int32_t level = base + (model->array[MAGNITUDE] ? model->array[MAGNITUDE][c] : 0);
             own = tables->hazard[level < 0 ? 0 : level >= LEVELS ? LEVELS - 1 : level];
             more[c] = (int16_t)(own - before);
         }
         for (int64_t i = 0; i < count; i++) hazard[i] = (uint16_t)more[0];
-        add_classes(model->under, more, words, count, hazard);
+        if (model->array[MAGNITUDE]) add_classes(model->under, more, words, count, hazard);
     }
-}
-
-/* Sums of hazards so far, from `used` on, and AHEAD more that are higher than any. */
-static void summed_up(const uint16_t *hazards, int64_t count, uint32_t used, uint32_t *sums) {
     for (int64_t i = 0; i < count; i++) {
         sums[i] = used;
-        used += hazards[i];
+        used += hazard[i];
     }
     sums[count] = used;
     for (int64_t i = count + 1; i <= count + AHEAD; i++) sums[i] = NEVER;
 }
 
+/* Weights of a lane that lie in one row, side by side: their sums as add_up has them, in which the first one is at `at`. */
+typedef struct {
+    const uint32_t *sums;
+    int64_t at, end, unit; /* the unit of sums[0] */
+} Run;
+
+/* The run from a unit on, in `own` where it is not kept: without classes, rows of the same coefficient have the same sums. */
+static Run run_of(const Tables *tables, Model *model, const Given *given, int64_t position, int64_t unit, int64_t stop,
+                  const uint8_t *seen, uint32_t *own) {
+    int64_t row = unit / given->inputs, input = unit % given->inputs, first = input / RUN * RUN;
+    int64_t whole = least(given->inputs - first, RUN), count = least(whole - (input - first), stop - unit);
+    int alike = given->rows >= KEEP && given->positions == 1 && !model->array[MAGNITUDE] && !model->array[REFERENCE] && !model->rank;
+    if (alike) {
+        int k = KEPT / 2 + (model->array[ROW] ? model->array[ROW][row] / model->row_step : 0);
+        int64_t runs = (given->inputs + RUN - 1) / RUN, length = RUN + 1 + AHEAD;
+        uint32_t *kept = model->kept[k];
+        if (!kept && (kept = model->kept[k] = malloc((size_t)(runs * length) * sizeof *kept)))
+            for (int64_t r = 0; r < runs; r++)
+                add_up(tables, model, given, 0, row, r * RUN, least(given->inputs - r * RUN, RUN), NULL, kept + r * length);
+        if (kept) return (Run){kept + first / RUN * length, input - first, input - first + count, unit - (input - first)};
+    }
+    add_up(tables, model, given, position, row, input, count, seen, own);
+    return (Run){own, 0, count, unit};
+}
+
 /* The first place behind `at` whose sum is at least `least`. */
-static inline int64_t reached(const uint32_t *sums, int64_t at, uint32_t enough) {
+ALWAYS int64_t reached(const uint32_t *sums, int64_t at, uint32_t enough) {
     for (; sums[at + AHEAD] < enough; at += AHEAD) {}
-    int64_t below = 0;
-    for (int k = 1; k <= AHEAD; k++) below += sums[at + k] < enough;
+    int32_t below = 0;
+    for (int k = 1; k <= AHEAD; k++) below += (int32_t)sums[at + k] < (int32_t)enough;
     return at + below + 1;
 }
 
@@ -440,37 +475,88 @@ static void coefficients(const Tables *tables, const Model *model, Lane *lane, i
     }
 }
 
-/* Events of the units of a lane, as bits that are set. `seen`: a byte for each of its units, 0. */
-static void events_of(const Tables *tables, const Model *model, const Given *given, Lane *lane, int64_t begin, int64_t stop,
-                      uint8_t *seen, uint8_t *bits) {
-    Lane own = *lane;
-    uint32_t slot = own.state & (ONE - 1), used = 0, reach = tables->reach[slot], sums[RUN + 1 + AHEAD];
-    uint16_t hazards[RUN];
-    for (int64_t position = 0; position < given->positions; position++)
-        for (int64_t unit = begin, count; unit < stop; unit += count) {
-            int64_t row = unit / given->inputs, input = unit % given->inputs, at = 0;
-            uint32_t zero = 0; /* the sum from which the hazard of the window is counted */
-            count = least(least(given->inputs - input, stop - unit), RUN);
-            hazards_of(tables, model, given, position, row, input, count, seen + (unit - begin), hazards);
-            summed_up(hazards, count, used, sums);
-            for (;;) {
-                at = reached(sums, at, zero + (reach < WINDOW ? reach : WINDOW));
-                if (at > count) break;
-                used = sums[at] - zero;
-                zero = sums[at];
-                int event = used >= reach; /* else the window ends without one */
-                int64_t weight = (unit + at - 1) * given->positions + position;
-                uint32_t low = tables->survival[used], high = tables->survival[used - hazards[at - 1]];
-                bits[weight >> 3] |= (uint8_t)(event << (weight & 7));
-                if (event && model->array[BEFORE])
-                    counted(seen + (unit - begin) + at - 1, given->width && negative(word_of(given, weight)));
-                take(&own, slot, event ? low : 0, event ? high - low : low);
-                slot = own.state & (ONE - 1);
-                reach = tables->reach[slot];
-            }
-            used = sums[count] - zero;
+/* A lane that is decoded: its units, those that were before this run at this position, and the window that is open. */
+typedef struct {
+    Lane lane;
+    Run run;
+    int64_t begin, stop, unit, position;
+    uint32_t zero, slot, reach; /* the sum from which the hazard of the window is counted */
+    uint8_t *seen;              /* a byte for each of its units */
+    uint32_t own[RUN + 1 + AHEAD];
+} Way;
+
+static void slot_of(const Tables *tables, Way *way) {
+    way->slot = way->lane.state & (ONE - 1);
+    way->reach = tables->reach[way->slot] < WINDOW ? tables->reach[way->slot] : WINDOW;
+}
+
+/* Goes on to the next run of a lane; returns 0 behind the last one. */
+static int next_run(const Tables *tables, Model *model, const Given *given, Way *way) {
+    uint32_t used = way->run.sums ? way->run.sums[way->run.end] - way->zero : 0;
+    if (way->unit == way->stop) way->unit = way->begin, way->position++;
+    if (way->unit == way->stop || way->position == given->positions) return 0;
+    way->run = run_of(tables, model, given, way->position, way->unit, way->stop, way->seen + (way->unit - way->begin), way->own);
+    way->unit += way->run.end - way->run.at;
+    way->zero = way->run.sums[way->run.at] - used;
+    return 1;
+}
+
+/* Takes the next symbol of a lane; returns 0 where it is behind the run. */
+ALWAYS int take_event(const Tables *tables, const Model *model, const Given *given, Way *way, uint8_t *bits) {
+    static const uint8_t none[2];
+    int64_t at = reached(way->run.sums, way->run.at, way->zero + way->reach);
+    if (at > way->run.end) return 0;
+    uint32_t sum = way->run.sums[at], low = tables->survival[sum - way->zero];
+    uint32_t high = tables->survival[way->run.sums[at - 1] - way->zero], state = way->lane.state;
+    uint32_t event = way->slot >= low, all = 0u - event; /* else the window ends without one; nothing may branch on chance */
+    int64_t unit = way->run.unit + at - 1, weight = unit * given->positions + way->position;
+    bits[weight >> 3] |= (uint8_t)(event << (weight & 7));
+    if (model->array[BEFORE] && event) counted(way->seen + (unit - way->begin), given->width && negative(word_of(given, weight)));
+    state = (low ^ ((low ^ (high - low)) & all)) * (state >> BITS) + way->slot - (low & all);
+    const uint8_t *word = way->lane.word < way->lane.end ? way->lane.word : none;
+    uint32_t more = (uint32_t)(state < LOW) & (uint32_t)(way->lane.word < way->lane.end);
+    way->lane.state = state << 16 * more | ((word[0] | (uint32_t)word[1] << 8) & (0u - more));
+    way->lane.word += 2 * more;
+    way->run.at = at;
+    way->zero = sum;
+    slot_of(tables, way);
+    return 1;
+}
+
+static void begin(const Tables *tables, Model *model, const Given *given, const Lane *lanes, int64_t l, Way *way) {
+    int64_t units = given->rows * given->inputs;
+    way->lane = lanes[l];
+    way->run = (Run){NULL, 0, 0, 0};
+    way->begin = way->unit = lane_start(units, l, model->lanes);
+    way->stop = lane_start(units, l + 1, model->lanes);
+    way->position = 0;
+    if (way->seen) memset(way->seen, 0, (size_t)(way->stop - way->begin));
+    slot_of(tables, way);
+    next_run(tables, model, given, way);
+}
+
+/* Events of all lanes, as bits that are set; WAYS lanes at once, so that what one waits for passes with the others. `seen`: room
+   for `longest` units of each of them, or NULL. Returns whether their words are just those of their weights. */
+WIDE static int events_of(const Tables *tables, Model *model, const Given *given, const Lane *lanes, int64_t longest, uint8_t *seen,
+                          uint8_t *bits) {
+    Way ways[WAYS], *going[WAYS];
+    int64_t count = 0, next = 0;
+    for (; count < WAYS && next < model->lanes; count++) {
+        going[count] = ways + count;
+        ways[count].seen = seen ? seen + count * longest : NULL;
+        begin(tables, model, given, lanes, next++, ways + count);
+    }
+    while (count)
+        for (int64_t w = 0; w < count; w++) {
+            Way *way = going[w];
+            if (take_event(tables, model, given, way, bits) || next_run(tables, model, given, way)) continue;
+            if (way->lane.state || way->lane.word != way->lane.end) return 0; /* they say more, or less */
+            if (next < model->lanes)
+                begin(tables, model, given, lanes, next++, way);
+            else
+                going[w] = going[--count];
         }
-    *lane = own;
+    return 1;
 }
 
 /* Sets the events of a payload in `bits`, which are zero. Returns 1; 0 if the payload is refused, -1 without memory. */
@@ -504,14 +590,8 @@ API int32_t maskpack_decode(const Tables *tables, const Given *given, const uint
                       ? lane_start(units, l + 1, model.lanes) - lane_start(units, l, model.lanes) : longest;
     }
     result = -1;
-    if (!scale(&model, given) || (model.array[BEFORE] && !(seen = malloc((size_t)longest)))) goto end;
-    result = 1;
-    for (int64_t l = 0; l < model.lanes && result == 1; l++) {
-        int64_t begin = lane_start(units, l, model.lanes), stop = lane_start(units, l + 1, model.lanes);
-        if (seen) memset(seen, 0, (size_t)(stop - begin));
-        events_of(tables, &model, given, lanes + l, begin, stop, seen, bits);
-        if (lanes[l].state || lanes[l].word != lanes[l].end) result = 0; /* they say more, or less */
-    }
+    if (!scale(&model, given) || (model.array[BEFORE] && !(seen = malloc((size_t)(WAYS * longest))))) goto end;
+    result = events_of(tables, &model, given, lanes, longest, seen, bits);
 end:
     free(seen);
     free(lanes);
@@ -523,6 +603,99 @@ typedef struct {
     uint16_t first, size; /* slots */
 } Symbol;
 
+/* A lane that is coded: its symbols, and its words, which are made from the last one to the first. */
+typedef struct {
+    Symbol *symbols;
+    int64_t count;
+    uint16_t *word, *end;
+    uint32_t state;
+} Coded;
+
+/* Places of the events among the weights of a run, from the unit on where it begins. */
+ALWAYS int64_t events_in(const Given *given, const uint8_t *bits, int64_t position, int64_t unit, int64_t count, uint16_t *where) {
+    int64_t events = 0;
+    if (given->positions > 1) {
+        for (int64_t i = 0; i < count; i++) {
+            int64_t weight = (unit + i) * given->positions + position;
+            where[events] = (uint16_t)i;
+            events += bits[weight >> 3] >> (weight & 7) & 1;
+        }
+        return events;
+    }
+    for (int64_t i = 0, taken; i < count; i += taken) {
+        int64_t from = (unit + i) >> 3, shift = (unit + i) & 7, left = (given->rows * given->inputs + 7) / 8 - from;
+        uint64_t own = 0;
+        if (left >= 8) /* the lowest first, as of the machine's words */
+            memcpy(&own, bits + from, 8);
+        else
+            memcpy(&own, bits + from, (size_t)left);
+        taken = least(64 - shift, count - i);
+        own = own >> shift & ~(uint64_t)0 >> (64 - taken);
+        for (; own; own &= own - 1) where[events++] = (uint16_t)(i + LOWEST(own));
+    }
+    return events;
+}
+
+/* The symbols of a lane's part of the coefficients, and of its events. `seen`: room for a byte for each of its units. */
+WIDE static int64_t symbols_of(const Tables *tables, Model *model, const Given *given, const int32_t *values, const uint8_t *bits,
+                               int64_t l, uint8_t *seen, Symbol *symbols) {
+    int64_t units = given->rows * given->inputs, begin = lane_start(units, l, model->lanes), stop = lane_start(units, l + 1, model->lanes);
+    int64_t count = 0, end = model->arrays ? model->size[0] : 0;
+    int32_t n = 0;
+    uint32_t used = 0, own_sums[RUN + 1 + AHEAD];
+    uint16_t where[RUN + 1];
+    for (int64_t c = share(model->coefficients, l, model->lanes); c < share(model->coefficients, l + 1, model->lanes); c++) {
+        while (c >= end) end += model->size[++n];
+        const int32_t *own = tables->first + 16 * ((model->code[n] & 15) - 1) + 7 + values[c];
+        symbols[count++] = (Symbol){(uint16_t)own[0], (uint16_t)(own[1] - own[0])};
+    }
+    memset(seen, 0, (size_t)(stop - begin));
+    for (int64_t position = 0; position < given->positions; position++)
+        for (int64_t unit = begin, some; unit < stop; unit += some) {
+            Run run = run_of(tables, model, given, position, unit, stop, seen + (unit - begin), own_sums);
+            const uint32_t *sums = run.sums + run.at;
+            uint32_t zero = sums[0] - used;
+            some = run.end - run.at;
+            int64_t at = 0, events = events_in(given, bits, position, unit, some, where);
+            for (int64_t e = 0; e <= events; e++) {
+                int64_t next = e < events ? where[e] : some;
+                while (sums[next] - zero >= WINDOW) {
+                    at = reached(sums, at, zero + WINDOW);
+                    symbols[count++] = (Symbol){0, tables->survival[sums[at] - zero]};
+                    zero = sums[at];
+                }
+                if (e == events) break;
+                uint16_t low = tables->survival[sums[at = next + 1] - zero];
+                symbols[count++] = (Symbol){low, (uint16_t)(tables->survival[sums[next] - zero] - low)};
+                zero = sums[at];
+                if (model->array[BEFORE])
+                    counted(seen + (unit - begin) + next, given->width && negative(word_of(given, (unit + next) * given->positions + position)));
+            }
+            used = sums[some] - zero;
+        }
+    return count;
+}
+
+ALWAYS void put(Coded *lane) {
+    uint32_t own = lane->symbols[--lane->count].size, full = lane->state >> 17 >= own, state = lane->state;
+    lane->word[-1] = (uint16_t)state; /* of no use where it is not full: nothing may branch on chance */
+    lane->word -= full;
+    state >>= 16 * full;
+    lane->state = (state / own << BITS) + state % own + lane->symbols[lane->count].first;
+}
+
+/* Makes the words of two lanes, side by side so that one need not wait for the other. */
+static void code(Coded *first, Coded *second) {
+    Coded one = *first, other = *second;
+    while (one.count && other.count) {
+        put(&one);
+        put(&other);
+    }
+    while (one.count) put(&one);
+    while (other.count) put(&other);
+    *first = one, *second = other;
+}
+
 /* Returns the words of all lanes of a payload with this head, coefficients and events (packed bits), and each lane's in
    `lengths`; to be given back by maskpack_free. NULL without memory. */
 API uint16_t *maskpack_encode(const Tables *tables, const Given *given, const uint8_t *bytes, int64_t size,
@@ -531,93 +704,38 @@ API uint16_t *maskpack_encode(const Tables *tables, const Given *given, const ui
     Model model;
     int64_t units = given->rows * given->inputs, made = 0, room = 0;
     if (!head(&model, &reader, given)) return NULL;
-    uint16_t *words = NULL;
-    uint8_t *seen = NULL;
-    Symbol *symbols = NULL;
     int64_t longest = GROUP * ((units + GROUP - 1) / GROUP / model.lanes + 1), part = 1 + model.coefficients / model.lanes;
-    if (!(model.values = malloc((size_t)(model.coefficients + 1) * sizeof(int32_t)))) return NULL;
-    if (model.coefficients) memcpy(model.values, values, (size_t)model.coefficients * sizeof(int32_t));
-    int done = scale(&model, given) && (seen = malloc((size_t)longest)) &&
-               (symbols = malloc((size_t)(longest * given->positions + part) * sizeof *symbols));
-    for (int64_t l = 0; l < model.lanes && done; l++) {
-        int64_t begin = lane_start(units, l, model.lanes), stop = lane_start(units, l + 1, model.lanes), end, count = 0;
-        int32_t n = 0;
-        uint32_t used = 0, state = 0, sums[RUN + 1 + AHEAD];
-        uint16_t hazards[RUN], where[RUN + 1];
-        memset(seen, 0, (size_t)(stop - begin));
-        end = model.arrays ? model.size[0] : 0;
-        for (int64_t c = share(model.coefficients, l, model.lanes); c < share(model.coefficients, l + 1, model.lanes); c++) {
-            while (c >= end) end += model.size[++n];
-            const int32_t *own = tables->first + 16 * ((model.code[n] & 15) - 1) + 7 + values[c];
-            symbols[count++] = (Symbol){(uint16_t)own[0], (uint16_t)(own[1] - own[0])};
+    int64_t most = longest * given->positions + part; /* symbols of a lane */
+    uint16_t *words = NULL, *own_words = malloc((size_t)(2 * (most + 3)) * sizeof *own_words);
+    Symbol *symbols = malloc((size_t)(2 * most) * sizeof *symbols);
+    uint8_t *seen = malloc((size_t)longest);
+    int done = own_words && symbols && seen && (model.values = malloc((size_t)(model.coefficients + 1) * sizeof(int32_t)));
+    if (done && model.coefficients) memcpy(model.values, values, (size_t)model.coefficients * sizeof(int32_t));
+    done = done && scale(&model, given);
+    for (int64_t l = 0; l < model.lanes && done; l += 2) {
+        Coded lanes[2] = {{NULL, 0, NULL, NULL, 0}, {NULL, 0, NULL, NULL, 0}};
+        int64_t two = least(model.lanes - l, 2);
+        for (int64_t k = 0; k < two; k++) {
+            uint16_t *end = own_words + (k + 1) * (most + 3);
+            lanes[k] = (Coded){symbols + k * most, 0, end, end, 0};
+            lanes[k].count = symbols_of(tables, &model, given, values, bits, l + k, seen, lanes[k].symbols);
         }
-        for (int64_t position = 0; position < given->positions; position++)
-            for (int64_t unit = begin, some; unit < stop; unit += some) {
-                int64_t row = unit / given->inputs, input = unit % given->inputs;
-                int64_t at = 0, events = 0;
-                uint32_t zero = 0;
-                some = least(least(given->inputs - input, stop - unit), RUN);
-                hazards_of(tables, &model, given, position, row, input, some, seen + (unit - begin), hazards);
-                summed_up(hazards, some, used, sums);
-                if (given->positions == 1) {
-                    for (int64_t i = 0, taken; i < some; i += taken) {
-                        int64_t from = (unit + i) >> 3, shift = (unit + i) & 7;
-                        uint64_t own = 0;
-                        int64_t left = (units + 7) / 8 - from;
-                        if (left >= 8) /* the lowest first, as of the machine's words */
-                            memcpy(&own, bits + from, 8);
-                        else
-                            memcpy(&own, bits + from, (size_t)left);
-                        taken = least(64 - shift, some - i);
-                        own = own >> shift & ~(uint64_t)0 >> (64 - taken);
-                        for (; own; own &= own - 1) where[events++] = (uint16_t)(i + LOWEST(own));
-                    }
-                } else
-                    for (int64_t i = 0; i < some; i++) {
-                        int64_t weight = (unit + i) * given->positions + position;
-                        where[events] = (uint16_t)i;
-                        events += bits[weight >> 3] >> (weight & 7) & 1;
-                    }
-                for (int64_t e = 0; e <= events; e++) {
-                    int64_t next = e < events ? where[e] : some;
-                    while (sums[next] - zero >= WINDOW) {
-                        at = reached(sums, at, zero + WINDOW);
-                        symbols[count++] = (Symbol){0, tables->survival[sums[at] - zero]};
-                        zero = sums[at];
-                    }
-                    if (e == events) break;
-                    uint16_t low = tables->survival[sums[at = next + 1] - zero];
-                    symbols[count++] = (Symbol){low, (uint16_t)(tables->survival[sums[next] - zero] - low)};
-                    zero = sums[at];
-                    if (model.array[BEFORE])
-                        counted(seen + (unit - begin) + next, given->width && negative(word_of(given, (unit + next) * given->positions + position)));
-                }
-                used = sums[some] - zero;
+        code(lanes, lanes + 1);
+        for (int64_t k = 0; k < two && done; k++) {
+            for (; lanes[k].state; lanes[k].state >>= 16) *--lanes[k].word = (uint16_t)lanes[k].state;
+            lengths[l + k] = lanes[k].end - lanes[k].word;
+            if (made + lengths[l + k] > room) {
+                uint16_t *more = realloc(words, (size_t)(room = 2 * (made + lengths[l + k])) * sizeof *words);
+                if (!(done = more != NULL)) break;
+                words = more;
             }
-        if (made + count + 2 > room) {
-            uint16_t *more = realloc(words, (size_t)(room = 2 * (made + count + 2)) * sizeof *words);
-            if (!(done = more != NULL)) break;
-            words = more;
+            memcpy(words + made, lanes[k].word, (size_t)lengths[l + k] * sizeof *words);
+            made += lengths[l + k];
         }
-        int64_t from = made;
-        while (count-- > 0) {
-            uint32_t own = symbols[count].size;
-            if (state >> 17 >= own) {
-                words[made++] = (uint16_t)state;
-                state >>= 16;
-            }
-            state = (state / own << BITS) + state % own + symbols[count].first;
-        }
-        for (; state; state >>= 16) words[made++] = (uint16_t)state;
-        for (int64_t a = from, b = made - 1; a < b; a++, b--) {
-            uint16_t kept = words[a];
-            words[a] = words[b];
-            words[b] = kept;
-        }
-        lengths[l] = made - from;
     }
     free(seen);
     free(symbols);
+    free(own_words);
     forget(&model);
     if (!done) free(words);
     return done ? words : NULL;
@@ -708,7 +826,7 @@ WIDE static void columns(int64_t count, const int32_t *one, int32_t *to) {
     for (int64_t i = 0; i < count; i++) to[i] += one[i];
 }
 
-enum { BINS = 16, WAYS = 4 };
+enum { BINS = 16 };
 
 /* Slopes and curvatures of at most PIECE weights by bins: both in one number, of neighbours in different ones, so that an
    addition need not wait for the one before. */
