@@ -51,7 +51,7 @@ enum { INFINITE = 0x7F80, MAGNITUDES = INFINITE + 2, WORDS = 1 << 16 }; /* in bf
 enum { EXTREME = 384 }; /* of the fit: log-odds in 1/32 nat that its curve goes to */
 
 /* Counts up with every change of what stands below: a library of another source is not used. */
-API int64_t maskpack_loops(void) { return 12; }
+API int64_t maskpack_loops(void) { return 13; }
 
 typedef struct {
     const uint16_t *hazard;   /* LEVELS entries, each at most 8 UNIT */
@@ -755,10 +755,8 @@ typedef struct {
 
 typedef struct {
     int64_t rows, inputs, positions, rank, offset; /* coefficients in 1/256 nat */
-    const int32_t *columns;                        /* of a part of the weights, where not all are looked at */
-    const int64_t *ends;                           /* how many of them are before each row, and in all */
-    const uint8_t *shifts;                         /* one of 2^shift weights of each class of magnitude is among them */
-    const uint8_t *classes;                        /* of magnitude, of each of them */
+    int64_t kinds;                                 /* of weights, if cells are looked at, which are all of a kind in a row or an input; else 0 */
+    const int32_t *by_row, *by_input;              /* how many weights each has, (rows, kinds), (inputs, kinds); NULL if all are of one kind */
     const uint8_t *events, *index[ARRAYS];         /* positions, rows, inputs; of those arrays that go by what is known */
     const int32_t *array[ARRAYS], *left, *right;   /* NULL where all is 0; (rows, rank), (rank, inputs) */
     const uint8_t *signs;                          /* 128 set where the base is negative */
@@ -864,18 +862,21 @@ static const int64_t BINNED[ARRAYS] = {0, 0, 0, SAME * OTHER, CLASSES, 2};
 
 /* Counts events, of a parameter without kernels: those of each row and input, and by each index. */
 API void maskpack_counts(int64_t inputs, const uint8_t *bits, int64_t bytes, const uint8_t *const *index, int64_t *const *sums) {
-    for (int64_t first = 0, row = 0, start = 0; first < bytes; first += 8) {
+    int64_t row = 0, start = 0, *inputs_of = sums[INPUT], in_row = 0;
+    for (int64_t first = 0; first < bytes; first += 8) {
         uint64_t ones = 0;
         memcpy(&ones, bits + first, (size_t)least(bytes - first, 8)); /* the lowest first, as of the machine's words */
         for (; ones; ones &= ones - 1) {
             int64_t place = 8 * first + LOWEST(ones);
-            for (; place - start >= inputs; start += inputs) row++;
-            if (sums[ROW]) sums[ROW][row]++;
-            if (sums[INPUT]) sums[INPUT][place - start]++;
+            for (; place - start >= inputs; start += inputs, in_row = 0)
+                if (sums[ROW]) sums[ROW][row++] += in_row;
+            in_row++;
+            if (inputs_of) inputs_of[place - start]++;
             for (int n = BEFORE; n < ARRAYS; n++)
                 if (sums[n]) sums[n][index[n][place]]++;
         }
     }
+    if (sums[ROW]) sums[ROW][row] += in_row;
 }
 
 /* Slope and curvature of the likelihood, in 2^-15, along all coefficients together (`total`) and along each of those arrays
@@ -913,80 +914,108 @@ API void maskpack_sums(const Fit *fit, int64_t *total, int64_t *const *sums, int
         }
 }
 
-/* The columns of the weights to look at, and their classes: of each class those for which column + turn * row, by its mask,
-   is 0. */
-API void maskpack_part(int64_t rows, int64_t inputs, int32_t turn, const uint8_t *classes, const int32_t *masks, int32_t *columns,
-                       int64_t *ends, uint8_t *found) {
-    int64_t at = 0;
-    for (int64_t row = 0; row < rows; row++) {
-        int32_t turned = (int32_t)(turn * row & 0xFFFF);
-        const uint8_t *own = classes ? classes + row * inputs : NULL;
-        for (int32_t i = 0; i < inputs; i++) {
-            uint8_t class = own ? own[i] : 0;
-            columns[at] = i;
-            found[at] = class;
-            at += !((i + turned) & masks[class]);
-        }
-        ends[row + 1] = at;
+/* How many of some bytes are of a kind. */
+WIDE static int32_t of_kind(const uint8_t *own, int64_t count, uint8_t kind) {
+    int32_t sum = 0;
+    int64_t i = 0;
+    while (count - i >= SOME / 2) {
+        uint8_t found[SOME / 2] = {0};
+        for (int turn = 0; turn < 255 && count - i >= SOME / 2; turn++, i += SOME / 2)
+            for (int k = 0; k < SOME / 2; k++) found[k] = (uint8_t)(found[k] + (own[i + k] == kind));
+        for (int k = 0; k < SOME / 2; k++) sum += found[k];
     }
+    for (; i < count; i++) sum += own[i] == kind;
+    return sum;
 }
 
-/* p and p (1 - p), in one number, of some weights of a row, and the sums of both; at most PIECE. */
-WIDE static void odds_of(const Fit *fit, int64_t row, const int32_t *columns, int64_t count, const uint8_t *classes, int64_t *both,
-                         int64_t *slope, int64_t *curvature) {
-    const uint8_t *other = fit->index[REFERENCE];
-    const int32_t *input = fit->array[INPUT], *class = fit->array[MAGNITUDE], *reference = fit->array[REFERENCE];
-    int64_t place = row * fit->inputs;
-    int32_t base = (int32_t)fit->offset + (fit->array[ROW] ? fit->array[ROW][row] : 0), at[PIECE], sums[2] = {0, 0};
-    for (int64_t i = 0; i < count; i++) at[i] = base;
-    for (int64_t i = 0; input && i < count; i++) at[i] += input[columns[i]];
-    for (int64_t i = 0; class && i < count; i++) at[i] += class[classes[i]];
-    for (int64_t i = 0; reference && i < count; i++) at[i] += reference[other[place + columns[i]]];
-    for (int64_t i = 0; i < count; i++) {
-        int32_t own = (at[i] + 4) >> 3, one = fit->curve[own < -EXTREME ? 0 : own > EXTREME ? 2 * EXTREME : own + EXTREME];
-        int32_t shift = fit->shifts[classes[i]], p = one >> 16 << shift, variance = (one & 0xFFFF) << shift;
-        sums[0] += p;
-        sums[1] += variance;
-        both[i] = (int64_t)p << 32 | variance;
-    }
-    *slope += sums[0];
-    *curvature += sums[1];
+WIDE static void add_kind(const uint8_t *own, int64_t count, uint8_t kind, uint8_t *found) {
+    for (int64_t i = 0; i < count; i++) found[i] = (uint8_t)(found[i] + (own[i] == kind));
 }
 
-/* As maskpack_sums, of p and p (1 - p) alone, of a part of the weights, each as often as it stands for. */
-API void maskpack_sums_of_part(const Fit *fit, int64_t *total, int64_t *const *sums, int32_t *held) {
-    int64_t *inputs = (int64_t *)held; /* p and p (1 - p) in one number */
-    memset(inputs, 0, (size_t)fit->inputs * sizeof *inputs);
-    for (int64_t row = 0; row < fit->rows; row++) {
-        int64_t slope = 0, curvature = 0, count, place = row * fit->inputs;
-        for (int64_t first = fit->ends[row]; first < fit->ends[row + 1]; first += count) {
-            const int32_t *columns = fit->columns + first;
-            const uint8_t *classes = fit->classes + first;
-            int64_t both[PIECE];
-            count = least(fit->ends[row + 1] - first, PIECE);
-            odds_of(fit, row, columns, count, classes, both, &slope, &curvature);
-            for (int64_t i = 0; sums[INPUT] && i < count; i++) inputs[columns[i]] += both[i];
-            for (int n = BEFORE; n < ARRAYS; n++)
-                if (sums[n]) {
-                    int64_t bins[WAYS * BINS] = {0};
-                    for (int64_t i = 0; i < count; i++)
-                        bins[BINS * (i % WAYS) + (n == MAGNITUDE ? classes[i] : fit->index[n][place + columns[i]])] += both[i];
-                    for (int64_t k = 0; k < WAYS * BINS; k++)
-                        if (bins[k]) {
-                            sums[n][k % BINS] += bins[k] >> 32;
-                            sums[n][BINNED[n] + k % BINS] += bins[k] & 0xFFFFFFFF;
-                        }
-                }
+/* Adds how many weights of each kind each row and each input has; `index`: the kind of each. Returns 0 without memory. */
+API int32_t maskpack_cells(int64_t rows, int64_t inputs, int64_t kinds, const uint8_t *index, int32_t *by_row, int32_t *by_input) {
+    uint8_t *found = calloc((size_t)(kinds * inputs), 1);
+    for (int64_t row = 0; found && row < rows; row++) {
+        for (int64_t k = 0; k < kinds; k++) {
+            by_row[row * kinds + k] += of_kind(index + row * inputs, inputs, (uint8_t)k);
+            add_kind(index + row * inputs, inputs, (uint8_t)k, found + k * inputs);
         }
-        if (sums[INPUT] && (row % ONE == ONE - 1 || row == fit->rows - 1)) /* before 32 bits are full */
-            for (int64_t i = 0; i < fit->inputs; i++) {
-                sums[INPUT][i] += inputs[i] >> 32;
-                sums[INPUT][fit->inputs + i] += inputs[i] & 0xFFFFFFFF;
-                inputs[i] = 0;
+        if (row % 255 < 254 && row < rows - 1) continue; /* before a byte is full */
+        for (int64_t i = 0; i < inputs; i++)
+            for (int64_t k = 0; k < kinds; k++) by_input[i * kinds + k] += found[k * inputs + i];
+        memset(found, 0, (size_t)(kinds * inputs));
+    }
+    free(found);
+    return found != NULL;
+}
+
+enum { SPREAD = 32, BIN = 32, FINER = 8, CURVE = 2 * EXTREME + 1, MOST_KINDS = 2 * CLASSES }; /* see logit_fit.py */
+
+static int32_t on_curve(int32_t at) { return at < 0 ? 0 : at >= CURVE ? CURVE - 1 : at; }
+
+/* p and p (1 - p) in 2^-23, of the places on the curve from `low` to `high`, on the average over the coefficients of the other
+   side, of which NULL says that they are 0. */
+static void smoothed(const Fit *fit, const int32_t *other, int64_t count, int32_t low, int32_t high, int64_t *p, int64_t *variance) {
+    int64_t bins[2 * SPREAD + 1] = {0};
+    for (int64_t i = 0; other && i < count; i++) {
+        int32_t bin = (other[i] + BIN / 2) >> 5;
+        bins[(bin < -SPREAD ? -SPREAD : bin > SPREAD ? SPREAD : bin) + SPREAD]++;
+    }
+    if (!other) bins[SPREAD] = count;
+    for (int32_t at = low; at <= high; at++) p[at] = variance[at] = 0;
+    for (int32_t b = -SPREAD; b <= SPREAD; b++)
+        for (int32_t at = low; bins[b + SPREAD] && at <= high; at++) {
+            int32_t both = fit->curve[on_curve(at + b * (BIN / 8))];
+            p[at] += (both >> 16) * bins[b + SPREAD];
+            variance[at] += (both & 0xFFFF) * bins[b + SPREAD];
+        }
+    for (int32_t at = low; at <= high; at++) p[at] = (p[at] << FINER) / count, variance[at] = (variance[at] << FINER) / count;
+}
+
+static int64_t whole_of(int64_t sum) { return (sum + (1 << (FINER - 1))) >> FINER; }
+
+/* Sums of p and p (1 - p) over all weights as from cells: as if in each row the coefficients of inputs were spread as they are
+   over all, and in each input those of rows. */
+API void maskpack_sums_of_cells(const Fit *fit, int64_t *total, int64_t *const *sums) {
+    int64_t p[CURVE], variance[CURVE], whole[2] = {0, 0}, of_kinds[2][MOST_KINDS] = {{0}};
+    int64_t classes = fit->index[MAGNITUDE] ? CLASSES : 1;
+    int32_t adds[MOST_KINDS], least_kind = INT32_MAX, most_kind = INT32_MIN;
+    for (int64_t k = 0; k < fit->kinds; k++) {
+        adds[k] = fit->array[MAGNITUDE] ? fit->array[MAGNITUDE][k % classes] : 0;
+        adds[k] += (int32_t)fit->offset + 4 + (fit->array[REFERENCE] ? fit->array[REFERENCE][k / classes] : 0);
+        least_kind = adds[k] < least_kind ? adds[k] : least_kind;
+        most_kind = adds[k] > most_kind ? adds[k] : most_kind;
+    }
+    for (int side = ROW; side <= INPUT; side++) {
+        int64_t count = side == ROW ? fit->rows : fit->inputs, others = side == ROW ? fit->inputs : fit->rows;
+        const int32_t *have = side == ROW ? fit->by_row : fit->by_input, *array = fit->array[side];
+        int32_t low = array ? array[0] : 0, high = low;
+        if (side == INPUT && !sums[INPUT]) continue;
+        for (int64_t i = 0; array && i < count; i++) low = array[i] < low ? array[i] : low, high = array[i] > high ? array[i] : high;
+        low = on_curve(((low + least_kind) >> 3) + EXTREME), high = on_curve(((high + most_kind) >> 3) + EXTREME);
+        smoothed(fit, fit->array[ROW + INPUT - side], others, low, high, p, variance);
+        for (int64_t i = 0; i < count; i++) {
+            int32_t base = array ? array[i] : 0;
+            int64_t own[2] = {0, 0};
+            for (int64_t k = 0; k < fit->kinds; k++) {
+                int32_t at = on_curve(((base + adds[k]) >> 3) + EXTREME);
+                int64_t weights = have ? have[i * fit->kinds + k] : others, one = weights * p[at], other = weights * variance[at];
+                own[0] += one, own[1] += other;
+                if (side == ROW) of_kinds[0][k] += one, of_kinds[1][k] += other;
             }
-        total[0] += slope;
-        total[1] += curvature;
-        if (sums[ROW]) sums[ROW][row] += slope, sums[ROW][fit->rows + row] += curvature;
+            if (side == ROW) whole[0] += own[0], whole[1] += own[1];
+            if (sums[side]) sums[side][i] = whole_of(own[0]), sums[side][count + i] = whole_of(own[1]);
+        }
+    }
+    for (int turn = 0; turn < 2; turn++) {
+        total[turn] = whole_of(whole[turn]);
+        for (int64_t c = 0; sums[MAGNITUDE] && c < classes; c++)
+            sums[MAGNITUDE][turn * CLASSES + c] = whole_of(of_kinds[turn][c] + (fit->kinds > classes ? of_kinds[turn][classes + c] : 0));
+        for (int64_t r = 0; sums[REFERENCE] && r < 2; r++) {
+            int64_t sum = 0;
+            for (int64_t c = 0; c < classes; c++) sum += of_kinds[turn][r * classes + c];
+            sums[REFERENCE][turn * 2 + r] = whole_of(sum);
+        }
     }
 }
 
@@ -1020,16 +1049,17 @@ API int32_t maskpack_in_steps(int64_t count, double step, const double *values, 
         const double *price = prices + COEFFICIENTS * cheapest(count, integers, prices, found);
         found[1] = 0;
         for (int64_t i = 0; i < count; i++) {
-            double error[COEFFICIENTS], cost[COEFFICIENTS];
-            int best = 0;
-            for (int c = 0; c < COEFFICIENTS; c++) {
-                double off = values[i] - places[c];
-                error[c] = nearest(lost[i] * (off * off) * 256) / 256;
-                cost[c] = error[c] + price[c];
+            double own = nearest(values[i] / step);
+            int near = own < -most ? 0 : own > most ? 2 * most : (int)own + most;
+            int first = near < most ? near : most, last = near < most ? most : near, best = first;
+            double least_cost = 0, lost_by = 0;
+            for (int c = first; c <= last; c++) { /* what is farther from 0 has no less of either */
+                double off = values[i] - places[c], error = nearest(lost[i] * (off * off) * 256) / 256;
+                if (c > first && error + price[c] >= least_cost) continue;
+                least_cost = error + price[c], lost_by = error, best = c;
             }
-            for (int c = 1; c < COEFFICIENTS; c++) best = cost[c] < cost[best] ? c : best;
             integers[i] = best - most;
-            found[1] += error[best];
+            found[1] += lost_by;
         }
     }
     return cheapest(count, integers, prices, found);
@@ -1039,7 +1069,7 @@ API int32_t maskpack_in_steps(int64_t count, double step, const double *values, 
 typedef struct {
     Fit fit;
     int64_t number, sizes[ARRAYS];        /* of events; of the coefficients of each array */
-    const int64_t *counts[ARRAYS];        /* of events by each coefficient, where a part of the weights is looked at */
+    const int64_t *counts[ARRAYS];        /* of events by each coefficient, where cells are looked at */
     const double *prices;                 /* of coefficients in each table */
     double offset, left_over, *values[ARRAYS], worth[ARRAYS]; /* NULL where an array is not there, or is forgotten */
     int32_t *integers[ARRAYS], codes[ARRAYS];                 /* what is chosen; 0: all are 0 */
@@ -1073,11 +1103,11 @@ static void sum_up(Fitting *own, Room *room, int names) {
             room->whole[n][i + (n == REFERENCE)] = (int32_t)nearest(NAT * own->values[n][i]);
         if (names >> n & 1) memset(sums[n] = room->sums[n], 0, (size_t)(2 * bins_of(own, n)) * sizeof(int64_t));
     }
-    if (!own->fit.columns) {
+    if (!own->fit.kinds) {
         maskpack_sums(&own->fit, room->total, sums, room->held);
         return;
     }
-    maskpack_sums_of_part(&own->fit, room->total, sums, room->held);
+    maskpack_sums_of_cells(&own->fit, room->total, sums);
     room->total[0] = ONE * own->number - room->total[0];
     for (int n = 0; n < ARRAYS; n++)
         for (int64_t i = 0; sums[n] && i < bins_of(own, n); i++) sums[n][i] = ONE * own->counts[n][i] - sums[n][i];
@@ -1096,7 +1126,7 @@ static void better(Fitting *own, Room *room, int names, const double *priors) {
             double moved = (slope - prior * value) / (curvature + prior), taken = limited(moved);
             own->left_over += exact(curvature * ((moved - taken) * (moved - taken)));
             own->values[n][i] = value = exact(value + taken);
-            double certain = curvature / (curvature + prior), noise = certain * certain * (own->fit.columns ? 1.15 : 0);
+            double certain = curvature / (curvature + prior), noise = certain * certain * (own->fit.kinds ? 1.15 : 0);
             worth += exact(curvature * (value * value) - noise);
         }
         if (names >> n & 1) own->worth[n] = worth / TWICE_LN2;
@@ -1119,6 +1149,7 @@ static double natural(double value) { /* logarithm */
 
 static void start(Fitting *own, Room *room) {
     int names = (own->values[MAGNITUDE] ? 1 << MAGNITUDE : 0) | (own->values[REFERENCE] ? 1 << REFERENCE : 0);
+    if (!names) return;
     sum_up(own, room, names);
     int32_t both = own->fit.curve[(((int32_t)nearest(NAT * own->offset) + 4) >> 3) + EXTREME];
     double p = (double)(both >> 16) / ONE, variance = (double)(both & 0xFFFF) / ONE;
@@ -1184,7 +1215,7 @@ static void round_array(Fitting *own, Room *room, int n, double *lost, int32_t *
 API int32_t maskpack_fit(Fitting *own) {
     static const int last[ARRAYS] = {MAGNITUDE, BEFORE, POSITION, REFERENCE, INPUT, ROW};
     static const int together[3] = {1 << MAGNITUDE | 1 << POSITION | 1 << REFERENCE, 1 << BEFORE, 1 << ROW | 1 << INPUT};
-    int part = own->fit.columns != NULL;
+    int cells = own->fit.kinds > 0;
     int64_t room_for = 2 * own->fit.inputs, longest = 0, at = 0;
     for (int n = 0; n < ARRAYS; n++) {
         room_for += 3 * bins_of(own, n) + 1;
@@ -1200,14 +1231,14 @@ API int32_t maskpack_fit(Fitting *own) {
     double *lost = (double *)(memory + at);
     int32_t *held = (int32_t *)(memory + at + longest);
     room.held = (int32_t *)(memory + at + 2 * longest);
-    if (part) start(own, &room);
+    if (cells) start(own, &room);
     for (int number = 0, done = 0; number < ROUNDS && !done; number++) {
-        for (int group = 0; group < (part ? 1 : 3); group++) {
+        for (int group = 0; group < (cells ? 1 : 3); group++) {
             int names = 0;
-            for (int n = 0; n < ARRAYS; n++) names |= own->values[n] && (part || together[group] >> n & 1) ? 1 << n : 0;
+            for (int n = 0; n < ARRAYS; n++) names |= own->values[n] && (cells || together[group] >> n & 1) ? 1 << n : 0;
             if (names) better(own, &room, names, PRIORS);
         }
-        done = part && own->left_over < 8 * LEAST_WORTH;
+        done = cells && own->left_over < 8 * LEAST_WORTH;
         if (done || number == 1) forget_arrays(own);
     }
     for (int k = 0; k < ARRAYS; k++)
@@ -1215,7 +1246,7 @@ API int32_t maskpack_fit(Fitting *own) {
             better(own, &room, 1 << last[k], NULL);
             round_array(own, &room, last[k], lost, held);
         }
-    for (int turn = part; turn < 2; turn++) better(own, &room, 0, PRIORS);
+    for (int turn = cells; turn < 2; turn++) better(own, &room, 0, PRIORS);
     free(memory);
     return 1;
 }
@@ -1510,7 +1541,7 @@ API void maskpack_at_zeros(int64_t width, int32_t put, const uint8_t *bits, int6
 }
 
 /* Writes the positions of the bits that are set in whole bytes, if there is room for them, and returns how many. */
-API int64_t maskpack_where(const uint8_t *bits, int64_t bytes, int32_t *found) {
+API WIDE int64_t maskpack_where(const uint8_t *bits, int64_t bytes, int32_t *found) {
     int64_t count = 0;
     for (int64_t first = 0; first < bytes; first += 8) {
         uint64_t ones = 0;
