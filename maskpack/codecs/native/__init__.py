@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .build import SUFFIX
 
-VERSION = 13  # of the loops
+VERSION = 14  # of the loops
 LARGE = 1 << 18  # weights from which it is worth a word that there is no library
 ARRAYS = 6
 
@@ -83,6 +83,7 @@ def opened(path: Path) -> ctypes.CDLL | None:
         found.maskpack_decode.restype = found.maskpack_classes.restype = found.maskpack_ranks.restype = c_int32
         found.maskpack_where.restype, found.maskpack_in_steps.restype = c_int64, c_int32
         found.maskpack_fit.restype = found.maskpack_cells.restype = c_int32
+        found.maskpack_gaps.restype = c_int64
         found.maskpack_steps_count.restype = found.maskpack_steps_encode.restype = c_int64
         found.maskpack_steps_choose.restype, found.maskpack_steps_decode.restype = c_int64, c_int32
         return found if found.maskpack_loops() == VERSION else None

@@ -51,7 +51,7 @@ enum { INFINITE = 0x7F80, MAGNITUDES = INFINITE + 2, WORDS = 1 << 16 }; /* in bf
 enum { EXTREME = 384 }; /* of the fit: log-odds in 1/32 nat that its curve goes to */
 
 /* Counts up with every change of what stands below: a library of another source is not used. */
-API int64_t maskpack_loops(void) { return 13; }
+API int64_t maskpack_loops(void) { return 14; }
 
 typedef struct {
     const uint16_t *hazard;   /* LEVELS entries, each at most 8 UNIT */
@@ -289,10 +289,11 @@ static int scale(Model *model, const Given *given) {
     if (model->array[MAGNITUDE]) {
         uint8_t *own = given->ranks ? NULL : calloc(MAGNITUDES, 1);
         const uint8_t *rank_of = given->ranks ? given->ranks : own;
-        int done = rank_of && (model->magnitudes = malloc(MAGNITUDES * sizeof(int16_t)));
-        done = done && (!own || maskpack_ranks(given, rows * inputs * given->positions, CLASSES, own));
-        for (int v = 0; done && v < MAGNITUDES; v++) model->magnitudes[v] = (int16_t)model->array[MAGNITUDE][rank_of[v]];
-        model->sorted = given->width == 2 && given->positions == 1; /* ranks rise with magnitudes */
+        int done = rank_of && (!own || maskpack_ranks(given, rows * inputs * given->positions, CLASSES, own));
+        model->sorted = given->width == 2 && given->positions == 1 && !model->array[REFERENCE] && !rank; /* ranks rise with magnitudes */
+        done = done && (model->sorted || (model->magnitudes = malloc(MAGNITUDES * sizeof(int16_t))));
+        for (int v = 0; done && !model->sorted && v < MAGNITUDES; v++)
+            model->magnitudes[v] = (int16_t)model->array[MAGNITUDE][rank_of[v]];
         if (done) below_classes(rank_of, model->under);
         for (int c = 1; done && c < CLASSES; c++)
             model->more[c] = (int16_t)(model->array[MAGNITUDE][c] - model->array[MAGNITUDE][c - 1]);
@@ -360,8 +361,7 @@ WIDE static void add_up(const Tables *tables, const Model *model, const Given *g
     int32_t base = (int32_t)(LEVELS / 2 + model->offset) + (model->array[ROW] ? model->array[ROW][row] : 0);
     uint16_t hazard[RUN];
     uint32_t used = 0;
-    if (model->array[REFERENCE] || model->rank || model->array[BEFORE] || model->array[POSITION] ||
-        (model->array[MAGNITUDE] && !model->sorted)) {
+    if (model->array[REFERENCE] || model->rank || model->array[BEFORE] || model->array[POSITION] || (model->array[MAGNITUDE] && !model->sorted)) {
         int32_t level[PIECE];
         for (int64_t from = 0, some; from < count; from += some) {
             some = least(count - from, PIECE);
@@ -1550,4 +1550,15 @@ API WIDE int64_t maskpack_where(const uint8_t *bits, int64_t bytes, int32_t *fou
         for (; ones && found; ones &= ones - 1) found[count++] = (int32_t)(8 * first + LOWEST(ones));
     }
     return count;
+}
+
+/* Writes the gaps before rising positions, and how many bytes these are is returned: 255 for as many weights without an event. */
+API int64_t maskpack_gaps(int64_t count, const int32_t *where, uint8_t *steps) {
+    int64_t made = 0, next = 0;
+    for (int64_t i = 0; i < count; next = where[i++] + 1) {
+        int64_t gap = where[i] - next;
+        for (; gap >= 255; gap -= 255) steps[made++] = 255;
+        steps[made++] = (uint8_t)gap;
+    }
+    return made;
 }
