@@ -306,7 +306,8 @@ class Fit:
         places = rows * self.grid.inputs + part.columns
         of: dict[str, NDArray[Any]] = {"row": rows, "input": part.columns}
         of |= {name: own.reshape(-1)[places] for name, own in self.index.items()}
-        at = round(NAT * self.offset) + sum((array[of[name]].astype(np.int64) for name, array in whole.items()))
+        offsets = np.full(places.size, round(NAT * self.offset), dtype=np.int64)
+        at = sum((array[of[name]] for name, array in whole.items()), offsets)
         both = _curve()[np.clip((at + 4 >> 3) + EXTREME * PARTS, 0, 2 * EXTREME * PARTS)].astype(np.int64)
         shifts = part.shifts[of["magnitude"] if "magnitude" in of else 0]
         for turn, weights in enumerate((both >> 16 << shifts, (both & 0xFFFF) << shifts)):
