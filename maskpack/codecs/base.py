@@ -134,13 +134,6 @@ class Codec(ABC):
     def decode(self, data: Bytes, side: Side) -> Bits:
         """Return the packed bits of a payload, or raise CorruptAdapterError."""
 
-    def events(self, data: Bytes, side: Side) -> tuple[int, NDArray[Any]] | None:
-        """Return a symbol and the distinct positions that have it, in any order; all others have the other symbol.
-
-        Applying a mask needs positions, so a codec that decodes them gives them here; others return None.
-        """
-        return None
-
     def decodes_on(self, device: str) -> bool:
         """Return True if `decode_on` is quicker for parameters on such a device ("cpu", "cuda", …)."""
         return False
