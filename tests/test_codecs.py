@@ -202,7 +202,7 @@ class TestChoice:
         assert encode_smallest(np.zeros(100, np.uint8), Side((800,)), "max", "raw")[0].id == "raw"
 
     def test_refuses_what_is_unknown(self) -> None:
-        with pytest.raises(ConfigError, match="unknown profile 'best'; known: fast, default, max"):
+        with pytest.raises(ConfigError, match="profile must be one of fast, default, max, got 'best'"):
             rivals("best", None, False)  # type: ignore[arg-type]
         with pytest.raises(UnknownNameError, match=r"unknown codec 'zst'.*did you mean 'zstd'"):
             rivals("max", "zst", False)

@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal, Unpack, get_args
+from typing import Literal, Unpack
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from ..adapter.read import Adapter
 from ..backbone.fingerprint import Measured, check_measured, measure_body
 from ..backbone.model import inside, named_parameters, unwrap
 from ..backbone.shards import any_shared
-from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateError
+from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateError, check_choice
 from ..hub.pull import PullOptions, earlier_adapters, open_adapter
 from ..mask import MaskSet, PackedMask
 from ..threads import in_thread
@@ -189,11 +189,8 @@ def _check_is_for(model: nn.Module, adapter: Adapter) -> None:
 
 
 def check_choices(verify: Verify, head: HeadChoice = "replace", mode: Mode = "target") -> None:
-    if verify not in get_args(Verify) or head not in get_args(HeadChoice) or mode not in get_args(Mode):
-        raise ConfigError(
-            f"verify must be strict, warn or off, head replace or keep, mode target or source; got {verify}, {head}, "
-            f"{mode}"
-        )
+    for name, value, kind in (("verify", verify, Verify), ("head", head, HeadChoice), ("mode", mode, Mode)):
+        check_choice(name, value, kind)
 
 
 def check_one_set(adapter: Adapter) -> None:
