@@ -13,13 +13,13 @@ from ..adapter.chain import base_of_chain, check_chain, merged, why_no_patch
 from ..adapter.content import Parts
 from ..adapter.read import Adapter
 from ..backbone.fingerprint import Measured, check_measured, measure_body
-from ..backbone.model import inside, named_parameters, unwrap
+from ..backbone.model import Fingerprint, inside, named_parameters, unwrap
 from ..backbone.shards import any_shared
 from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateError, check_choice
 from ..hub.pull import PullOptions, earlier_adapters, open_adapter
 from ..mask import MaskSet, PackedMask
 from ..threads import in_thread
-from .apply import Model, applied, apply_parts, check_free, check_masks, keep_nothing, tensors_of, unload_mask
+from .apply import Model, applied, apply_parts, check_free, check_masks, tensors_of, unload_mask
 from .place import TOP, find_place, view
 
 LOG = logging.getLogger(__name__)
@@ -118,17 +118,13 @@ def load_chain(model: Model, chain: Sequence[Adapter], *, verify: Verify, restor
     place = find_place(model, base, shapes)
     inner = view(model, place)
     check_masks(inner, shapes)
-    checked(verify, lambda: check_measured(measure_body(inner, base.head), base), stacklevel=4)
+    check_base(inner, base, verify, stacklevel=5)
     parts, last = merged(chain, tensors_of(inner)), chain[-1]
-    try:
-        apply_parts(model, parts, mask_id=last.mask_id, place=place)
-        checked(verify, lambda: check_result(measure_body(inner, last.base.head), last), stacklevel=4)
-    except BaseException:
-        if applied(model) is not None:
-            unload_mask(model)
-        raise
-    if not restorable:
-        keep_nothing(model)
+
+    def check() -> None:
+        checked(verify, lambda: check_result(measure_body(inner, last.base.head), last), stacklevel=7)
+
+    apply_parts(model, parts, mask_id=last.mask_id, restorable=restorable, place=place, check=check)
     return model
 
 
@@ -241,7 +237,7 @@ def _masks_on(model: nn.Module, adapter: Adapter, verify: Verify) -> Iterable[tu
     if verify == "off":
         return masks
     if any_shared(named_parameters(model)):  # they are gathered for both, one after another
-        check_base(model, adapter, verify, stacklevel=5)
+        check_base(model, adapter.base, verify, stacklevel=5)
         return masks
     measured = in_thread(lambda: measure_body(model, adapter.base.head))
     try:
@@ -251,8 +247,8 @@ def _masks_on(model: nn.Module, adapter: Adapter, verify: Verify) -> Iterable[tu
     return decoded
 
 
-def check_base(model: nn.Module, adapter: Adapter, verify: Verify, stacklevel: int) -> None:
-    checked(verify, lambda: check_measured(measure_body(model, adapter.base.head), adapter.base), stacklevel)
+def check_base(model: nn.Module, base: Fingerprint, verify: Verify, stacklevel: int) -> None:
+    checked(verify, lambda: check_measured(measure_body(model, base.head), base), stacklevel)
 
 
 def checked(verify: Verify, compare: Callable[[], object], stacklevel: int) -> None:
