@@ -109,7 +109,7 @@ class Resident:
         return ResidentStatus(self.name, state, self.pinned, self.mask_id, density, host, self.device_bytes)
 
 
-class MaskBank:
+class MaskBank(AbstractContextManager["MaskBank"]):
     """Adapters that stay resident on one model as packed bits; the model computes with one of them, or as the base.
 
     Weights, statistics and heads are written in place: class, names, storage and `requires_grad` of the model's tensors
@@ -161,9 +161,6 @@ class MaskBank:
         self._residents: dict[str, Resident] = {}
         self._switches: Counter[str] = Counter()
         apply.hold(model, self._lock)  # not the bank itself, which would keep the model
-
-    def __enter__(self) -> "MaskBank":
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

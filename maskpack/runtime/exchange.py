@@ -13,9 +13,8 @@ import json
 import os
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,7 @@ DIGESTS = "maskpack_digests"  # key in the metadata of a whole checkpoint
 Where = str | os.PathLike[str]
 
 
-class PatchWriter:
+class PatchWriter(AbstractContextManager["PatchWriter"]):
     """Writes a patch of a model's weights for each step of a training loop, into a folder of versions.
 
     It holds one copy of the weights. `step` compares with it and returns; a thread codes and sends what changed, and
@@ -124,9 +123,6 @@ class PatchWriter:
     def close(self) -> None:
         """Wait until all is sent."""
         self.wait()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.wait()
