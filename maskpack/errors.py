@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from importlib.util import find_spec
 from types import ModuleType, UnionType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Target = Literal["plain", "markdown", "code", "json"]
 
@@ -93,6 +93,12 @@ def check_argument(name: str, value: object, kinds: type | UnionType, expected: 
     """Raise ConfigError if an argument is of none of these kinds; `advice` says what to do."""
     if not isinstance(value, kinds):
         raise ConfigError(f"{name} is {brief(value, 2 * LONGEST_REPR)}, expected {expected}; {advice}")
+
+
+def check_choice(name: str, value: object, kind: Any) -> None:
+    """Raise ConfigError unless a value is one of those of a `Literal`."""
+    if value not in get_args(kind):
+        raise ConfigError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
 
 
 class MaskpackError(Exception):

@@ -463,7 +463,7 @@ class MaskBank:
         place, pinned = find_place(self.model, source.base, source.shapes()), source.pinned
         base = view(self.model, place)
         apply.check_masks(base, source.shapes())
-        check_base(base, source, self._verify, stacklevel=5)
+        check_base(base, source.base, self._verify, stacklevel=5)
         parts = place.parts(decoded_parts(source, base))
         apply.check_dense(unwrap(self.model), parts, apply.tensors_of(self.model))
         # what a branch or tag meant is pinned by the commit

@@ -32,7 +32,7 @@ from ..errors import BackboneMismatchError, ConfigError, CorruptAdapterError, Da
 from ..hub.versions import Versions, patch_name, refuse_second_writer, whole_name
 from ..mask import MaskSet, PackedMask
 from ..safetensors_io import Made, TensorFile, read_tensors, write_tensors
-from .apply import apply_parts, check_free, check_masks, forget, tensors_of, unload_mask
+from .apply import apply_parts, check_free, check_masks, forget, tensors_of
 
 DIGESTS = "maskpack_digests"  # key in the metadata of a whole checkpoint
 Where = str | os.PathLike[str]
@@ -294,16 +294,14 @@ class PatchReader:
 
     def _put(self, parts: Parts, digests: Mapping[str, str] | None) -> None:
         """Apply parts, compare the whole body, and keep nothing; after any error the weights are what they were."""
-        apply_parts(self.model, parts)
-        try:
-            found = measure_body(self.model, ())
-            if digests is not None and found.digest not in digests.values():
+
+        def check() -> None:
+            self._measured = measure_body(self.model, ())
+            if digests is not None and self._measured.digest not in digests.values():
                 raise CorruptAdapterError(
                     f"{self.versions.where} has a version with other weights than it says, so that the model was put "
                     f"back; tell whoever writes there"
                 )
-        except BaseException:
-            unload_mask(self.model)
-            raise
+
+        apply_parts(self.model, parts, check=check)
         forget(self.model)
-        self._measured = found
