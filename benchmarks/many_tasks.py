@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from maskpack import MaskBank, load_adapter, load_backbone, load_mask, unload_mask
+from maskpack import MaskBank, load_adapter, load_backbone, unload_mask
 from maskpack.backbone.classifier import Classifier
 from maskpack.backbone.model import swap_module
 from maskpack.lab.networks import some
 from maskpack.runtime.identify import mixture
 from maskpack.training import Task, TrainConfig, load_data, train_tasks
 from maskpack.training.data.base import Data, loader, readable
-from maskpack.training.evaluate import adapter_figures, as_loaded, held_out_accuracy
+from maskpack.training.evaluate import figures, held_out_accuracy
 from maskpack.training.features import disjoint
 from maskpack.training.learn import body_parameters
 from maskpack.training.multitask import CLAIM
@@ -64,10 +64,7 @@ def masks(seed: int) -> list[dict[str, Any]]:
     found = train_tasks(backbone, tasks, folder, config=config, resume=(folder / CLAIM).exists())
     rows = []
     for row in found["rows"]:
-        adapter, test = load_adapter(folder / row["task"]), tasks[row["task"]].data.test
-        assert test is not None
-        load_mask(backbone.model, adapter)
-        end = adapter_figures(as_loaded(backbone, adapter), adapter, test)["accuracy"]
+        end = figures(backbone, load_adapter(folder / row["task"]), tasks[row["task"]].data)["accuracy"]
         unload_mask(backbone.model)
         rows.append({**row, "end": end})
     return rows

@@ -12,7 +12,7 @@ import numpy as np
 from bitarray import bitarray
 from bitarray.util import count_and, ones
 
-from .errors import ConfigError, UnknownNameError, check_argument
+from .errors import ConfigError, UnknownNameError, check_argument, check_choice
 from .mask import MaskSet, PackedMask, Shape, packed_bits
 
 CHUNK = 1 << 15  # bytes of a mask whose votes are summed at a time, so that the sums stay in the processor's cache
@@ -54,7 +54,6 @@ def count_votes(votes: Sequence[int], least: int, bits: list[bitarray]) -> bitar
 
 
 Missing = Literal["error", "keep"]
-MISSING: tuple[Missing, ...] = ("error", "keep")
 OPERATIONS = ("and", "difference", "k-of-n", "majority", "not", "or", "weighted", "xor")
 
 Join = Callable[[list[bitarray]], bitarray]
@@ -149,8 +148,7 @@ def operation(how: str, count: int, weights: Sequence[float] | None = None, k: i
 
 def common_shapes(masks: Sequence[MaskSet], missing: Missing) -> dict[str, Shape]:
     """Return the shapes of all parameters of mask sets; see `combine` for `missing` and the errors."""
-    if missing not in MISSING:
-        raise ConfigError(f"missing must be one of {', '.join(MISSING)}, got {missing!r}")
+    check_choice("missing", missing, Missing)
     every = [one.shapes for one in masks]
     shapes = {name: shape for one in reversed(every) for name, shape in one.items()}
     partly = sorted(name for name in shapes if not all(name in one for one in every))

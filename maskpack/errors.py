@@ -7,14 +7,16 @@ import importlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from importlib.util import find_spec
 from types import ModuleType, UnionType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Target = Literal["plain", "markdown", "code", "json"]
 
 MOST_MEMBERS = 4  # of a collection that is shown whole
+ACCURACIES = {"accuracy", "probe", "knn", "k-NN", "head"}  # words of the names of accuracies
 LONGEST_REPR = 120  # characters; twice as many in a message
 
 LINE_ENDS = re.compile(r"[\t\n\r]+")
@@ -62,6 +64,24 @@ def brief(value: object, longest: int = LONGEST_REPR) -> str:
     return f"{text[:longest]}…" if isinstance(value, str | bytes) else f"{type(value).__name__}(…)"
 
 
+def as_text(values: Mapping[str, Any], key: str) -> str:
+    """Return a value of a result as text: accuracies in per cent, what they gain (SPLIT_over_BASELINE) in points."""
+    value = values[key]
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        split, gain, _ = key.partition("_over_")
+        if gain and f"{split}_accuracy" in values:
+            return f"{100 * value:+.2f} points"
+        words = set(re.split(r"[ _(]", key))
+        if not gain and ACCURACIES & words and "r2" not in words:
+            return f"{100 * value:.2f} %"
+        return f"{value:.4g}" if 0 < abs(value) < 0.001 else f"{value:.4f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "-" if value is None else str(value)
+
+
 def short_repr(self: Any) -> str:
     """Return the repr of a dataclass on one line: its fields that are neither None nor empty, each by `brief`."""
     shown = {one.name: brief(getattr(self, one.name)) for one in fields(self) if one.repr}
@@ -73,6 +93,12 @@ def check_argument(name: str, value: object, kinds: type | UnionType, expected: 
     """Raise ConfigError if an argument is of none of these kinds; `advice` says what to do."""
     if not isinstance(value, kinds):
         raise ConfigError(f"{name} is {brief(value, 2 * LONGEST_REPR)}, expected {expected}; {advice}")
+
+
+def check_choice(name: str, value: object, kind: Any) -> None:
+    """Raise ConfigError unless a value is one of those of a `Literal`."""
+    if value not in get_args(kind):
+        raise ConfigError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
 
 
 class MaskpackError(Exception):

@@ -80,8 +80,8 @@ class PackedMask:
         shape: the parameter's shape. op: what a zero bit does to its weight.
         alpha: divisor of the kept weights, float32(sqrt(kept / total)), or None if the scale is off.
         signs: second payload of a ternary mask (op "zero" only): False = the weight's sign is inverted.
-        zeros: rising flat positions of the zero bits, where decoding came by them: an array, or a tensor where the
-            weights lie; who keeps a mask leaves them out.
+        zeros: rising flat positions of the zero bits, a tensor where the weights lie, of a mask that was decoded there;
+            who keeps a mask leaves them out.
         there: of a mask that was decoded on a device: its packed bits, of which `bits` and `signs` are made when they
             are asked for.
     """

@@ -84,7 +84,7 @@ class TestErrors:
             self.save(tmp_path, Parts(**{"masks": MASKS, **parts}))
 
     def test_profile_codec_and_set_names(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="unknown profile 'small'"):
+        with pytest.raises(ConfigError, match="profile must be one of .*, got 'small'"):
             self.save(tmp_path, profile="small")
         with pytest.raises(UnknownNameError, match="unknown codec 'zip'; known: "):
             self.save(tmp_path, codec="zip")

@@ -215,7 +215,7 @@ def test_batches_are_read_again_where_they_do_not_fit(
 
 
 def test_evaluations_refuse(backbone: Backbone, digits: Data) -> None:
-    with pytest.raises(ConfigError, match="split must be test or train, got 'validation'"):
+    with pytest.raises(ConfigError, match="split must be one of test, train, got 'validation'"):
         Evaluations(backbone.model, backbone, digits, split="validation")
     with pytest.raises(DataError, match="have no test split, which an analysis needs"):
         Evaluations(backbone.model, backbone, replace(digits, test=None))

@@ -314,7 +314,7 @@ def test_refuses_what_it_cannot_use(tmp_path: Path, tiny: TinyNet) -> None:
     several = save_adapter(tmp_path / "sets", sets_of(tiny), fingerprint(tiny, id="x", head=["fc"]))
     with pytest.raises(AdapterError, match="it has 4 mask sets without a router"):
         load_cascade(tiny, several)
-    with pytest.raises(ConfigError, match="got no, replace, target"):
+    with pytest.raises(ConfigError, match="verify must be one of strict, warn, off, got .no."):
         load_cascade(tiny, several, verify="no")  # type: ignore[arg-type]
     adapter = saved(tmp_path / "x", tiny)
     other = copy.deepcopy(tiny)

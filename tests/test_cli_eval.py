@@ -178,7 +178,7 @@ def test_splits_that_are_not_there(adapter: Path, tmp_path: Path) -> None:
         (tmp_path / "train" / name).mkdir(parents=True)
         Image.new("L", (8, 8), 20 * int(name)).save(tmp_path / "train" / name / "0.png")
     result = run(adapter, "--data", tmp_path, *BACKBONE)
-    assert (result.exit_code, "have no test split; choose the other with --split" in result.stderr) == (1, True)
+    assert (result.exit_code, "have no test split; choose one of: train" in result.stderr) == (1, True)
     result = run(adapter, "--data", tmp_path, *BACKBONE, "--knn")
     assert "have no test split" in result.stderr
     result = run("--data", tmp_path, *BACKBONE, "--knn")

@@ -13,7 +13,6 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskpack.codecs import base as streams
 from maskpack.codecs import native
 from maskpack.codecs.base import CODECS, PROFILES, Bits, Codec, Side, words_of
 from maskpack.codecs.choose import _hopeless, rivals, smallest
@@ -41,8 +40,6 @@ def round_trip(codec: Codec, bits: Bits, side: Side) -> bytes:
     again = decoder.decode(memoryview(payload), side)
     assert again.dtype == np.uint8
     assert np.array_equal(again, bits)
-    if (events := decoder.events(memoryview(payload), side)) is not None:
-        assert np.array_equal(streams.place(*events, side.count), bits)
     return payload
 
 
@@ -206,7 +203,7 @@ class TestChoice:
         assert encode_smallest(np.zeros(100, np.uint8), Side((800,)), "max", "raw")[0].id == "raw"
 
     def test_refuses_what_is_unknown(self) -> None:
-        with pytest.raises(ConfigError, match="unknown profile 'best'; known: fast, default, max"):
+        with pytest.raises(ConfigError, match="profile must be one of fast, default, max, got 'best'"):
             rivals("best", None, False)  # type: ignore[arg-type]
         with pytest.raises(UnknownNameError, match=r"unknown codec 'zst'.*did you mean 'zstd'"):
             rivals("max", "zst", False)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from maskpack.errors import AdapterError, CorruptAdapterError, StateError
-from maskpack.hub.pull import PulledAdapter, pull
+from maskpack.hub.pull import pull
 from maskpack.hub.push import PushedAdapter, push
 
 from .helpers_hub import CARD, CONFIG, MODEL, NAMES, contents, read_folder, write_adapter
@@ -17,9 +17,10 @@ def adapter(tmp_path: Path) -> Path:
 
 
 def test_local_adapters(tmp_path: Path, adapter: Path) -> None:
-    assert pull(adapter) == PulledAdapter(adapter)
-    assert pull(str(adapter / MODEL)) == PulledAdapter(adapter / MODEL)
-    assert pull(adapter, output=tmp_path / "copy") == PulledAdapter(tmp_path / "copy")
+    pulled = pull(adapter)
+    assert (pulled.path, pulled.commit, pulled.repo_id, pulled.signed_by) == (adapter, None, None, ())
+    assert pull(str(adapter / MODEL)).path == adapter / MODEL
+    assert pull(adapter, output=tmp_path / "copy").path == tmp_path / "copy"
     assert read_folder(tmp_path / "copy") == contents()
     assert pull(adapter / MODEL, output=tmp_path / "one").path == tmp_path / "one" / MODEL
     with pytest.raises(AdapterError, match=r"gone does not exist; expected a folder with maskpack_model"):

@@ -129,6 +129,13 @@ def test_a_fit_to_cells_takes_hardly_more_bytes(
     )
 
 
+def test_a_large_mask_without_structure(compiled: ctypes.CDLL) -> None:
+    """All arrays of coefficients are forgotten in the fit, which looks at a part of the weights."""
+    bits = np.packbits(np.random.default_rng(0).random((900, 1100)) < 0.93, bitorder="little")
+    payloads = {with_library(one, lambda: logit.encode(bits, Side((900, 1100)), False)) for one in (compiled, None)}
+    assert len(payloads) == 1
+
+
 @pytest.mark.parametrize("base", [False, True])
 def test_payloads_that_are_decoded_together(compiled: ctypes.CDLL, base: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By numpy: those of different shapes, empty ones, and spoiled ones among good ones; in several groups."""

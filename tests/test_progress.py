@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from maskpack_cli.main import app
@@ -13,6 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from maskpack.backbone.load import Backbone
+from maskpack.errors import as_text
 from maskpack.training import TrainConfig, load_data, progress, train_mask
 from maskpack.training.progress import Lines, Seen, seen_by_default
 
@@ -98,3 +100,20 @@ def test_a_bar_counts_what_is_known_and_says_what_is_left(monkeypatch: pytest.Mo
     assert "None" not in shown.getvalue()
     assert "600/1,200" in shown.getvalue()
     assert "0:10:00 left" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ({"test_accuracy": 0.8, "test_over_probe": -0.05}, ["80.00 %", "-5.00 points"]),
+        ({"test_r2": 0.8, "test_probe_r2": 0.75, "test_over_probe": 0.05}, ["0.8000", "0.7500", "0.0500"]),
+        ({"test_perplexity": 33.25, "test_over_raw": 2.5}, ["33.2500", "2.5000"]),
+        (
+            {"k-NN (k = 20)": 0.5, "loss": 0.00001234, "bytes": 12345, "zero": 0.0},
+            ["50.00 %", "1.234e-05", "12,345", "0.0000"],
+        ),
+        ({"signed": True, "revision": None, "codec": "logit"}, ["yes", "-", "logit"]),
+    ],
+)
+def test_figures_as_text(values: dict[str, Any], shown: list[str]) -> None:
+    assert [as_text(values, key) for key in values] == shown

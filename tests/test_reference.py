@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from maskpack.adapter import write as reference
 from maskpack.adapter.read import Adapter, read_adapter
-from maskpack.adapter.write import choose_reference, save_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.codecs.base import Bits, Side
 from maskpack.codecs.zstd import Zstd
 from maskpack.errors import AdapterError, CorruptAdapterError
@@ -40,7 +39,7 @@ def near(masks: MaskSet, seed: int, share: float = 0.01) -> MaskSet:
 
 
 def family(masks: MaskSet = DISPATCHER) -> dict[str, MaskSet]:
-    return {"general": masks, **{f"expert-{i}": near(masks, i) for i in range(4)}}
+    return {"dispatcher": masks, **{f"expert-{i}": near(masks, i) for i in range(4)}}
 
 
 def codings(adapter: Adapter, name: str) -> list[tuple[str, str, str | None]]:
@@ -60,10 +59,10 @@ def test_experts_near_a_dispatcher_become_several_times_smaller(tmp_path: Path) 
     adapter = save_adapter(tmp_path / "y.safetensors", sets, BASE)
     assert_comes_back(read_adapter(tmp_path / "y.safetensors"), sets)
     for name in sets:
-        expected = None if name == "general" else "general"
+        expected = None if name == "dispatcher" else "dispatcher"
         assert codings(adapter, name) == [("a.weight", "zero", expected), ("b.weight", "zero", expected)]
     sizes = {name: sum(p.size for p in one.payloads) for name, one in adapter.header.sets.items()}
-    assert 5 * sizes["expert-0"] < sizes["general"]
+    assert 5 * sizes["expert-0"] < sizes["dispatcher"]
     assert 2.5 * adapter.size < alone
 
 
@@ -73,13 +72,13 @@ def test_of_ternary_masks(tmp_path: Path) -> None:
     sets = family(MaskSet(ternary))
     adapter = save_adapter(tmp_path, sets, BASE)
     assert_comes_back(adapter, sets)
-    assert {coding[1:] for coding in codings(adapter, "expert-1")} == {("flip", "general"), ("zero", "general")}
+    assert {coding[1:] for coding in codings(adapter, "expert-1")} == {("flip", "dispatcher"), ("zero", "dispatcher")}
 
 
 def test_only_where_the_reference_has_the_parameter_with_op_and_shape(tmp_path: Path) -> None:
     own = {**random_masks({"b.weight": (70, 50)}, 0.8), **random_masks({"c.weight": (9, 99)})}
     sets = {
-        "general": DISPATCHER,
+        "dispatcher": DISPATCHER,
         "near": near(DISPATCHER, 2),
         "other": MaskSet({"a.weight": near(DISPATCHER, 1)["a.weight"], **own}),
         "flips": MaskSet({"a.weight": PackedMask(DISPATCHER["a.weight"].bits, (200, 300), "flip")}),
@@ -88,7 +87,7 @@ def test_only_where_the_reference_has_the_parameter_with_op_and_shape(tmp_path: 
     assert_comes_back(adapter, sets)
     found = {name: [coding[2] for coding in codings(adapter, name)] for name in sets}
     assert found == {
-        "general": [None, None], "near": ["general"] * 2, "other": ["general", None, None], "flips": [None],
+        "dispatcher": [None, None], "near": ["dispatcher"] * 2, "other": ["dispatcher", None, None], "flips": [None],
     }  # fmt: skip
 
 
@@ -98,28 +97,23 @@ def test_the_smaller_payload_is_taken_one_by_one(tmp_path: Path) -> None:
     sets["expert-0"] = MaskSet({"a.weight": sets["expert-0"]["a.weight"], "b.weight": empty})
     adapter = save_adapter(tmp_path, sets, BASE)
     assert_comes_back(adapter, sets)
-    assert [coding[2] for coding in codings(adapter, "expert-0")] == ["general", None]
+    assert [coding[2] for coding in codings(adapter, "expert-0")] == ["dispatcher", None]
 
 
-def test_unrelated_sets_have_none_and_equal_ones_cost_nothing(tmp_path: Path) -> None:
+def test_unrelated_sets_are_coded_alone_and_equal_ones_cost_nothing(tmp_path: Path) -> None:
     unrelated = {"x": DISPATCHER, "y": random_masks(SHAPES, 0.8, seed=5)}
-    assert choose_reference(unrelated) is None
     assert {coding[2] for coding in codings(save_adapter(tmp_path, unrelated, BASE), "y")} == {None}
-    assert choose_reference({"x": DISPATCHER}) is None
-    assert choose_reference({"x": DISPATCHER, "y": random_masks({"z": (9,)})}) is None
     equal = save_adapter(tmp_path, {"x": DISPATCHER, "y": DISPATCHER}, BASE)
     assert sum(payload.size for payload in equal.header.sets["y"].payloads) < 100
 
 
-def test_the_one_that_others_are_most_like_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    sets = {f"{name}-set": masks for name, masks in zip("zabcd", family().values(), strict=True)}
-    assert choose_reference(sets) == "z-set"
-    assert choose_reference(dict(reversed(sets.items()))) == "z-set"
-    twenty = {**sets, **{f"more-{i:02}": near(DISPATCHER, 100 + i) for i in range(15)}}
-    monkeypatch.setattr(reference, "COMPARED", 200_000)  # so that a sample stands for the masks
-    assert choose_reference(twenty) == "z-set"
-    tie = {"b": DISPATCHER, "a": near(DISPATCHER, 0, 1e-3)}
-    assert choose_reference(tie) == choose_reference(dict(reversed(tie.items())))
+def test_the_first_by_name_is_the_reference_in_whatever_order_sets_are_given(tmp_path: Path) -> None:
+    sets = {"b": DISPATCHER, "a": near(DISPATCHER, 0), "c": near(DISPATCHER, 1)}
+    adapter = save_adapter(tmp_path / "x.safetensors", sets, BASE)
+    found = {name: {coding[2] for coding in codings(adapter, name)} for name in sets}
+    assert found == {"a": {None}, "b": {"a"}, "c": {"a"}}
+    save_adapter(tmp_path / "y.safetensors", dict(reversed(sets.items())), BASE)
+    assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "y.safetensors").read_bytes()
 
 
 def test_streamed_sets_are_asked_again(tmp_path: Path) -> None:
@@ -135,9 +129,9 @@ def test_a_source_that_gives_another_mask_when_asked_again_is_found_out(tmp_path
 
     def make(name: str) -> PackedMask:
         asked.append(name)
-        return near(DISPATCHER, 0)[name] if asked.count(name) > 2 else DISPATCHER[name]
+        return near(DISPATCHER, 0)[name] if asked.count(name) > 1 else DISPATCHER[name]
 
-    sets = {**family(), "general": MaskSet.streamed(SHAPES, make)}
+    sets = {**family(), "dispatcher": MaskSet.streamed(SHAPES, make)}
     with pytest.raises(AdapterError, match="'a.weight' is another one when it is asked for again; what MaskSet"):
         save_adapter(tmp_path / "x.safetensors", sets, BASE)
     assert not list(tmp_path.iterdir())
@@ -145,18 +139,17 @@ def test_a_source_that_gives_another_mask_when_asked_again_is_found_out(tmp_path
 
 def test_decoding_reads_the_referenced_payload(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    sets = {"general": DISPATCHER, "expert": near(DISPATCHER, 1)}
-    general, expert = ("general", "expert") if choose_reference(sets) == "general" else ("expert", "general")
+    sets = {"dispatcher": DISPATCHER, "expert": near(DISPATCHER, 1)}
     adapter = save_adapter(path, sets, BASE, codec="raw")
-    assert {coding[2] for coding in codings(adapter, expert)} == {None}, "raw gains nothing by a difference"
-    assert adapter.parts(general).masks == sets[general]
+    assert {coding[2] for coding in codings(adapter, "expert")} == {None}, "raw gains nothing by a difference"
+    assert adapter.parts("dispatcher").masks == DISPATCHER
 
     def refer(header: dict[str, Any]) -> None:
-        header["sets"][expert]["codings"][0]["reference"] = general
+        header["sets"]["expert"]["codings"][0]["reference"] = "dispatcher"
 
     path.write_bytes(with_header(path.read_bytes(), refer))
     with pytest.raises(CorruptAdapterError, match=r"'a.weight' in set '\w+' does not decode: it has \d+ true bits"):
-        read_adapter(path).parts(expert)
+        read_adapter(path).parts("expert")
 
 
 def test_the_codec_gets_the_difference_and_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,5 +164,5 @@ def test_the_codec_gets_the_difference_and_the_reference(tmp_path: Path, monkeyp
     monkeypatch.setattr(Zstd, "encode", encode)
     save_adapter(tmp_path, sets, BASE, profile="fast")
     for name in ("a.weight", "b.weight"):
-        mask, other = sets["expert-0"][name].bits, sets["general"][name].bits
+        mask, other = sets["expert-0"][name].bits, sets["dispatcher"][name].bits
         assert ((mask ^ other).tobytes(), other.tobytes()) in seen

@@ -100,7 +100,7 @@ def test_sharded_and_source_mode(tmp_path: Path, tiny: nn.Module, weights: Path)
     zeros = make_adapter(tmp_path / "b", tiny)
     with pytest.raises(AdapterError, match="replaces no weights; mode='source'"):
         load_masked(empty(), weights, zeros, mode="source")
-    with pytest.raises(ConfigError, match="verify must be strict, warn or off"):
+    with pytest.raises(ConfigError, match="verify must be one of strict, warn, off, got "):
         load_masked(empty(), weights, zeros, verify="never")  # type: ignore[arg-type]
 
 

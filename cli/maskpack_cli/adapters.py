@@ -14,7 +14,7 @@ from maskpack import training
 from maskpack.errors import ConfigError, UnknownNameError
 from maskpack.training.config import Bytes
 
-from .console import Output, app, emit, hint, lines, note, progress_bar, say, table
+from .console import Output, app, emit, hint, lines, note, progress_bar, reading, say, table
 from .options import (
     ARGUMENT,
     Base,
@@ -211,8 +211,9 @@ def combine(
     from maskpack.adapter.content import FEATURES
     from maskpack.adapter.edit import combine_adapters, left_out
     from maskpack.algebra import operation
+    from maskpack.training.evaluate import figures
 
-    from .use import figures, split_of, tables
+    from .use import tables
 
     weights = votes.weight or None
     operation(how, len(refs), weights, votes.k)
@@ -223,7 +224,7 @@ def combine(
         backbone, names = base.of(adapters[0]), {one.about.class_names for one in adapters}
         common = names.pop() if len(names) == 1 else None
         read = training.load_data(data, class_names=common, task=backbone.task, **vars(columns))
-        split_of(read, "test")
+        read.split("test")
     model = base.model_of(adapters[0]) if backbone is None else backbone.model
     options = {**vars(packing), "k": votes.k, "missing": votes.missing, "base": model}
     note(f"Combining {len(adapters)} adapters …")
@@ -234,7 +235,8 @@ def combine(
     headless = combined.parts(stream=True).head is None
     if backbone is not None and read is not None:
         measures: Sequence[Measure] = ["probe"] if headless and backbone.task in FEATURES else []
-        facts["evaluation"] = figures(backbone, combined, read, measures=measures, batch_size=batch_size)
+        with reading("evaluating, batches"):
+            facts["evaluation"] = figures(backbone, combined, read, measures=measures, batch_size=batch_size)
     emit(facts | {"left_out": left}, f"✓ {output}")
     say(*(f"{'            ' if i else '  left out: '}{one}" for i, one in enumerate(left)))
     if "evaluation" in facts:

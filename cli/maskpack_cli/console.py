@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from maskpack.errors import ConfigError, MaskpackError, StoppedError, UnknownNameError, escape
-from maskpack.training.progress import FIRST, Lines, Seen, readable
+from maskpack.errors import ConfigError, MaskpackError, StoppedError, UnknownNameError, as_text, escape
+from maskpack.training.progress import FIRST, Lines, Seen
 
 WIDEST = 100_000  # characters of a line where there is no terminal: nothing is folded
 notes = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -149,7 +149,7 @@ def lines(values: Mapping[str, Any]) -> None:
     """Print a line for each scalar; nothing under --json."""
     for key, value in values.items():
         if not isinstance(value, Mapping | list | tuple):
-            say(f"  {key.replace('_', ' ')}: {readable(value, key)}")
+            say(f"  {key.replace('_', ' ')}: {as_text(values, key)}")
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Iterable[str], **titles: str) -> None:
@@ -163,7 +163,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Iterable[str], **titles: s
     if Output.json:
         return
     shown, columns = Table(box=None, pad_edge=False, header_style="bold"), list(columns)
-    cells = [[escape(readable(row[column], column)) for column in columns] for row in rows]
+    cells = [[escape(as_text(row, column)) for column in columns] for row in rows]
     heads, least = list[str](), 2 * len(columns) - 2
     for i, column in enumerate(columns):
         heads.append(titles.get(column, column.replace("bits_per_weight", "bits/weight").replace("_", " ")))

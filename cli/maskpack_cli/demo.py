@@ -5,44 +5,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import maskpack
 from maskpack import training
 from maskpack.errors import StateError
 from maskpack.training.config import TrainConfig
 
-from .console import app, emit, note, progress_bar, say, table, training_progress
+from .console import app, emit, note, say, table, training_progress
 from .options import verb
 
-if TYPE_CHECKING:
-    from maskpack.backbone.load import Backbone
-    from maskpack.training.data.base import Data
-
 BACKBONE_EPOCHS, MASK_EPOCHS = 12, 20
-
-
-def _train_backbone(backbone: "Backbone", data: "Data") -> None:
-    """Train the small network on digits 0 to 4, all of it: the demo needs a pretrained base without a download."""
-    import torch
-
-    from maskpack.training.data.base import EpochSampler, loader, readable
-
-    assert data.train is not None
-    torch.manual_seed(0)
-    model = backbone.model
-    batches = loader(data.train, backbone.preprocess, sampler=EpochSampler(len(data.train), 0), augment="crop")
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
-    model.train()
-    with progress_bar("training the backbone") as moved:
-        for epoch in range(BACKBONE_EPOCHS):
-            for inputs, labels in readable(batches):
-                optimizer.zero_grad()
-                loss = torch.nn.functional.cross_entropy(model(inputs), labels)
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-            moved(epoch + 1, BACKBONE_EPOCHS)
-    model.eval().requires_grad_(False)
 
 
 @verb(app, "Use", "maskpack demo", "maskpack demo --output /tmp/demo --json")
@@ -53,6 +26,8 @@ def demo(output: Annotated[Path, "Folder to write; an earlier demo in it is repl
     from maskpack.backbone.load import export_state
     from maskpack.training.evaluate import held_out_accuracy
     from maskpack.training.features import measure_features
+    from maskpack.training.learn import body_parameters
+    from maskpack.training.trainer import train_dense
 
     # so small a network is slower on several cores than on one
     torch.set_num_threads(1)
@@ -74,7 +49,9 @@ def demo(output: Annotated[Path, "Folder to write; an earlier demo in it is repl
         shutil.copyfile(Path(__file__).with_name("digits_backbone.py"), factory)
         backbone = maskpack.load_backbone(f"{factory}:digits_cnn", random_weights=0)
         old_task, new_task = training.load_data("digits:0-4"), training.load_data("digits:5-9")
-        _train_backbone(backbone, old_task)
+        config = TrainConfig(epochs=BACKBONE_EPOCHS, lr=0.003, augment="crop")
+        with training_progress() as report:  # all of the network: the demo needs a pretrained base without a download
+            train_dense(backbone, old_task, config, lambda own, _: body_parameters(own), report=report)
         export_state(weights, backbone.model)
         old_accuracy = held_out_accuracy(backbone, old_task)
     with step("probe the frozen backbone on digits 5-9"):

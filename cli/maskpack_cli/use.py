@@ -1,7 +1,7 @@
 """maskpack predict | generate | export | serve-switch | eval: an adapter on its backbone."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -33,8 +33,6 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from maskpack.backbone.load import Backbone
-    from maskpack.training.data.base import Data, Examples
     from maskpack.training.features import Measure
 
 use_verb = partial(verb, app, "Use")
@@ -212,7 +210,7 @@ def evaluate(
     batch_size: BatchSize = 64,
 ) -> None:
     """Measure an adapter on a data set (accuracy, perplexity), and features of an adapter or of a backbone alone."""
-    from maskpack.training.evaluate import source_classes
+    from maskpack.training.evaluate import figures, source_classes
 
     wanted: dict[Measure, bool] = {"knn": knn, "probe": probe}
     measures = [name for name, is_wanted in wanted.items() if is_wanted]
@@ -236,54 +234,13 @@ def evaluate(
         names = source_classes(adapter) if mode == "source" else adapter.about.class_names
     read = training.load_data(data, class_names=names, task=model.task, **vars(columns))
     asked: dict[str, Any] = {"mode": mode, "split": split, "measures": measures, "shares": labels_fraction}
-    result = figures(model, adapter, read, **asked, answers=answers, batch_size=batch_size)
+    note("Evaluating …")
+    with reading("evaluating, batches"):
+        result = figures(model, adapter, read, **asked, answers=answers, batch_size=batch_size)
     if adapter is not None:
         base.remember(adapter)
     emit(result, f"✓ {adapter.pinned if adapter is not None else model.id}")
     tables(result)
-
-
-def figures(
-    model: "Backbone",
-    adapter: "maskpack.Adapter | None",
-    data: "Data",
-    *,
-    mode: Mode = "target",
-    split: str = "test",
-    measures: "Sequence[Measure]" = (),
-    shares: Sequence[float] = (),
-    answers: int | None = None,
-    batch_size: int = 64,
-) -> dict[str, Any]:
-    """Return what `eval` says of an adapter on its backbone, where it is loaded, or of a backbone alone."""
-    from maskpack.training.evaluate import adapter_figures, as_loaded
-    from maskpack.training.features import measure_features
-    from maskpack.training.objectives.language import exact_answers
-
-    result: dict[str, Any] = {
-        "adapter": adapter.pinned if adapter is not None else None,
-        "backbone": model.id,
-        "data": data.id,
-        "split": split,
-        "class_names": list(data.class_names),
-    }
-    own = adapter is not None and adapter.parts(stream=True).head is not None and adapter.about.preprocess is not None
-    if adapter is not None:
-        maskpack.load_mask(model.model, adapter, mode=mode)
-        model = as_loaded(model, adapter)
-    if adapter is not None and (own or not measures):  # without one this is the error that says so
-        rows = split_of(data, split)
-        note(f"Evaluating {len(rows):,} examples …")
-        with reading("evaluating, batches"):
-            result |= adapter_figures(model, adapter, rows, batch_size=batch_size)
-        if answers is not None:
-            result["exact_answers"] = exact_answers(model, rows, answers, batch_size)
-    if measures:
-        note("Computing the features of the training and the test rows …")
-        with reading("features, batches"):
-            result["features"] = measure_features(model, data, measures, shares or [1.0], batch_size=batch_size)
-        result.setdefault("unreadable", len(split_of(data, split).unreadable))
-    return result
 
 
 @use_verb(
@@ -324,13 +281,6 @@ def write_report(
         page = lab.adapter_report(adapter, backbone=backbone, data=read, **options)
     write_file(file, page)
     emit({"file": str(file), "bytes": file.stat().st_size}, f"✓ {file}")
-
-
-def split_of(data: "Data", name: str) -> "Examples":
-    found = data.test if name == "test" else data.train
-    if found is None:
-        raise DataError(f"the data {data.id!r} have no {name} split; choose the other with --split")
-    return found
 
 
 def tables(result: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..errors import ConfigError, DataError, escape
+from ..errors import ConfigError, DataError, as_text, escape
 from .content import FIGURES
 
 CARD_FILE = "README.md"
@@ -245,10 +245,7 @@ def _body(description: Mapping[str, Any], repo_id: str | None) -> Iterator[str]:
             span = f"{low[1]:.4f} in every one"
         yield f"{where}ensity of the {len(layers)} masked parameters: {span}.\n"
     if results := metrics(record):
-        shares = {key: f"{100 * value:.2f} %" for key, value in results.items() if "accuracy" in key}
-        gains = [key for key in results if f"{key.partition('_over_')[0]}_accuracy" in shares]
-        shares |= {key: f"{100 * results[key]:+.2f} points" for key in gains}
-        rows = [[escape(key, "markdown"), shares.get(key, f"{value:.4g}")] for key, value in results.items()]
+        rows = [[escape(key, "markdown"), as_text(results, key)] for key in results]
         yield f"## Results\n\n{_table(('result', 'value'), rows)}"
         yield from _worth(results, record, sum(one["payload_bytes"] for one in sets.values()))
     yield from _combined(member(record, "combined"))

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 from bitarray import bitarray
-from numpy.typing import NDArray
 
 from ..backbone.model import canonical, named_parameters
 from ..backbone.shards import any_shared, shared, whole
-from ..codecs.base import CODECS, Bits, Codec, Side, There, place, plausible, words_of
+from ..codecs.base import CODECS, Bits, Codec, Side, There, plausible, words_of
 from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, UnknownCodecError
 from ..mask import DeviceBits, MaskSet, PackedMask, bits_digest, fetched, packed_bits, rows_id
 from ..threads import AHEAD, Progress, counted, in_order
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
 
 Weights = Union["nn.Module", Mapping[str, "Tensor"]]
 Masks = Iterator[tuple[str, PackedMask]]
-Positions = Union[NDArray[Any], "Tensor"]
-Decoded = tuple[Union[Bits, "Tensor"], Positions | None]
+Decoded = tuple[Union[Bits, "Tensor"], Union["Tensor", None]]  # packed bits; on a device positions of zeros too
 Key = tuple[str, str]  # of a payload: its parameter and op
 WORTH = 1 << 22  # weights
 
@@ -85,18 +83,19 @@ def key_of(payload: Payload) -> Key:
 
 def on_device(
     found: Sequence[Decoded | None], payloads: Sequence[Payload]
-) -> tuple[DeviceBits, Positions] | tuple[None, None]:
+) -> tuple[DeviceBits, Tensor] | tuple[None, None]:
     """Return the bits and zero positions of a mask decoded on a device, after comparing its number of true bits."""
-    pieces, where = list[Any](), list[Positions]()
+    pieces, where = list[Any](), None
     for one, payload in zip(found, payloads, strict=True):
         if one is None or isinstance(one[0], np.ndarray) or one[1] is None:
             return None, None
         if len(one[1]) != payload.weights - payload.kept:
             return None, None
         pieces.append(one[0])
-        where.append(one[1])
+        where = one[1]
+    assert where is not None
     *signs, bits = pieces
-    return DeviceBits(payloads[-1].kept, bits, *signs), where[-1]
+    return DeviceBits(payloads[-1].kept, bits, *signs), where
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,16 +122,10 @@ class Decoder:
                 f"{id_!r} refuses: {error}; upgrade maskpack or fetch the file again"
             ) from None
 
-    def decode(
-        self, payload: Payload, rising: bool = False, there: Decoded | None = None
-    ) -> tuple[bitarray, Positions | None]:
-        """Decode one payload to exactly its weights, and check the number of true bits.
+    def decode(self, payload: Payload, there: Decoded | None = None) -> bitarray:
+        """Return the bits of one payload, exactly as many as its weights, after comparing the number of true ones.
 
-        Args:
-            there: what came of it on another device, or of decoding many together.
-
-        Returns:
-            The bits, and the positions of the false bits if the codec came by them, in order if `rising`.
+        `there` is what came of it on another device, or of decoding many together.
         """
         path, name, codec, data = self.adapter.path, payload.name, self.codec(payload), self.adapter.piece(payload)
         if not plausible(data, payload.weights):
@@ -140,35 +133,27 @@ class Decoder:
                 f"{path}: the mask of {name!r} has {payload.weights} weights in a payload of {len(data)} bytes, "
                 f"which is too few for so many; fetch the file again"
             )
-        zeros: Positions | None
         if there is None:
             words = words_of(self._base(payload)) if codec.needs_base else None
             referenced = self._referenced(payload)
-            reference = None if referenced is None else packed_bits(self.decode(referenced)[0])
+            reference = None if referenced is None else packed_bits(self.decode(referenced))
             side = Side(payload.shape, words, reference)
         try:
             if there is not None:
-                packed, zeros = there[0] if isinstance(there[0], np.ndarray) else fetched(there[0]), there[1]
+                packed = there[0] if isinstance(there[0], np.ndarray) else fetched(there[0])
             else:
-                events = codec.events(data, side)
-                packed = side.checked(codec.decode(data, side) if events is None else place(*events, side.count))
-                zeros = events[1] if events is not None and events[0] == 0 and reference is None else None
+                packed = side.checked(codec.decode(data, side))
                 packed = packed if reference is None else packed ^ reference
             bits = PackedMask.from_bytes(packed, payload.shape).bits
             if bits.count() != payload.kept:
                 raise CorruptAdapterError(f"it has {bits.count()} true bits, the header states {payload.kept}")
-            # a position that comes twice carries into another bit, and there are fewer bits than positions
-            if zeros is not None and len(zeros) != payload.weights - payload.kept:
-                raise CorruptAdapterError(f"{len(zeros)} positions give {payload.kept} true bits: some come twice")
         except MemoryError:
             raise
         except Exception as error:  # a codec from elsewhere may fail in any way on bytes that a stranger wrote
             raise CorruptAdapterError(
                 f"{path}: the mask of {name!r} in set {payload.set!r} does not decode: {error}; fetch the file again"
             ) from error
-        if rising and zeros is not None and (zeros[1:] < zeros[:-1]).any():
-            zeros = np.sort(zeros)
-        return bits, zeros
+        return bits
 
     def _base(self, payload: Payload) -> Tensor:
         """Return the weights that a payload is packed with, which must be the base's.
@@ -194,16 +179,15 @@ class Decoder:
     def mask(
         self, set: str, name: str, zeros: bool = False, there: Mapping[Key, Decoded | None] | None = None
     ) -> PackedMask:
-        """Decode the mask of a parameter, with `zeros` where decoding came by them."""
+        """Decode the mask of a parameter; with `zeros` it has their positions, if it was decoded on a device."""
         payloads, alpha = self.adapter.payloads[set][name], self.adapter.alphas[set][name]
         *first, payload = payloads
         found, op = [(there or {}).get(key_of(one)) for one in payloads], payload.coding.op
         own, at = on_device(found, payloads) if zeros else (None, None)
         if own is not None:  # nothing comes back from there
             return PackedMask.on_device(own, payload.shape, op, alpha, at)
-        signs = self.decode(first[0], there=found[0])[0] if first else None
-        bits, where = self.decode(payload, zeros, found[-1])
-        return PackedMask(bits, payload.shape, op, alpha, signs, where if zeros else None)
+        signs = self.decode(first[0], found[0]) if first else None
+        return PackedMask(self.decode(payload, found[-1]), payload.shape, op, alpha, signs)
 
     def mask_on(self, set: str, name: str, weight: Tensor) -> PackedMask:
         """Decode the mask of a parameter, with zeros, where these weights of the base lie if its codec does so."""
@@ -281,7 +265,7 @@ class Decoder:
 
     def _checked(self, payload: Payload) -> str:
         """Return the digest of a payload's bits; with the base, stored values are decoded as well."""
-        bits, values = self.decode(payload)[0], f"{payload.set}/values/{payload.name}"
+        bits, values = self.decode(payload), f"{payload.set}/values/{payload.name}"
         if self.weights is not None and payload.coding.op == "replace" and self.adapter.spans[values].dtype == "U8":
             weight = base_weight(self.weights, payload.name, payload.shape)
             Steps(self.adapter.bytes_of(values)).values(at_zeros(weight, PackedMask(bits, payload.shape)))

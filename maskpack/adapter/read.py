@@ -161,7 +161,7 @@ class Adapter:
     def iter_masks(self, set: str = "default", base: Weights | None = None, *, zeros: bool = False) -> Masks:
         """Return name and mask of each parameter, decoded in threads a bounded way ahead; see `parts`.
 
-        With `zeros` masks have the positions of their zero bits, where decoding came by them.
+        With `zeros` masks that are decoded on a device have the positions of their zero bits.
         """
         return self._decoder(base).masks(set, zeros)
 

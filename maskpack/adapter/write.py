@@ -4,7 +4,6 @@ import difflib
 import importlib.metadata
 import itertools
 import logging
-import math
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,6 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 from bitarray import bitarray
-from bitarray.util import count_xor
 from blake3 import blake3
 from torch import Tensor, nn
 
@@ -198,44 +196,6 @@ def _checked_values(name: str, mask: PackedMask, parts: Parts) -> Tensor | Steps
     return stored
 
 
-COMPARED = 64 << 20  # bytes compared for one parameter, over all pairs of sets
-CANDIDATES = 64  # sets, beyond which as many of them, evenly spaced, are compared: pairs are not linear
-
-
-def choose_reference(sets: Mapping[str, MaskSet]) -> str | None:
-    """Return the set whose masks the others are most like, or None if that would make no set smaller.
-
-    A set gains, for each mask of the same parameter, op and shape, what its difference from the reference has fewer
-    rare bits than itself. The middle part of large masks stands for the whole, the more sets the shorter. Of more than
-    64 sets some stand for all. The masks of one parameter are in memory at one time.
-    """
-    gains = dict.fromkeys(sorted(sets)[:: math.ceil(len(sets) / CANDIDATES)], 0)
-    for name in sorted({name for key in gains for name in sets[key]}):
-        holders = [key for key in gains if name in sets[key]]
-        alike: dict[tuple[Op, tuple[int, ...]], list[tuple[str, bitarray]]] = {}
-        for key in holders if len(holders) > 1 else ():
-            mask = sets[key][name]
-            for op, bits in mask.payloads():
-                alike.setdefault((op, mask.shape), []).append((key, _middle(bits, len(gains))))
-        for samples in alike.values():
-            for (one, own), (other, others) in itertools.combinations(samples, 2):
-                difference = _rare(count_xor(own, others), len(own))
-                gains[one] += max(0, _rare(others.count(), len(own)) - difference)
-                gains[other] += max(0, _rare(own.count(), len(own)) - difference)
-    best = max(gains, key=lambda key: gains[key])
-    return best if gains[best] else None
-
-
-def _middle(bits: bitarray, sets: int) -> bitarray:
-    length = max(8 * COMPARED // sets**2, 1)
-    start = max(0, len(bits) - length) // 16 * 8  # whole bytes are copied faster
-    return bits[start : start + length]
-
-
-def _rare(ones: int, count: int) -> int:
-    return min(ones, count - ones)
-
-
 def _check_names(sets: Mapping[str, Parts], base: Fingerprint) -> None:
     """Refuse mask sets that cannot be stored, without asking for a mask."""
     if not sets:
@@ -275,10 +235,8 @@ def encode(
     known = None if weights is None else by_name(weights)
     work = partial(_code, rivals_of=rivals_of, weights=known, least=least)
     step = counted(progress, (parts.masks.total for parts in sets.values()))
-    if cascade is not None and cascade.dispatcher in sets:
-        first: str | None = cascade.dispatcher  # where the experts began
-    else:
-        first = choose_reference({name: parts.masks for name, parts in sets.items()})
+    # experts begin where the dispatcher ended
+    first = cascade.dispatcher if cascade is not None and cascade.dispatcher in sets else next(iter(sets))
     coded: dict[str, list[_Coded]] = {}
     payloads, reference = dict[str, Blob](), None
     for name in sorted(sets, key=lambda name: name != first):  # the others are coded against the first
@@ -377,8 +335,9 @@ def save_adapter(
 
     Args:
         path: the folder (made if need be) or file.
-        parts: masks, alone or with what travels beside them; or several named sets of these. Or a model with scores:
-            all that it learned so far; it goes on learning.
+        parts: masks, alone or with what travels beside them; or several named sets of these, coded against the first by
+            name (of a cascade, the dispatcher) where that is smaller. Or a model with scores: all that it learned so
+            far; it goes on learning.
         base: fingerprint of the frozen model that the masks belong to. With a model, where its weights come from, as in
             "timm/resnet18.a1_in1k"; default: what the model says.
         about: what training gives as `result.about`; the next four say the same one by one, and take its place.

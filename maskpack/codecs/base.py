@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import zstandard
+from bitarray import bitarray
 from numpy.typing import NDArray
 
 from ..errors import CorruptAdapterError
@@ -134,13 +135,6 @@ class Codec(ABC):
     def decode(self, data: Bytes, side: Side) -> Bits:
         """Return the packed bits of a payload, or raise CorruptAdapterError."""
 
-    def events(self, data: Bytes, side: Side) -> tuple[int, NDArray[Any]] | None:
-        """Return a symbol and the distinct positions that have it, in any order; all others have the other symbol.
-
-        Applying a mask needs positions, so a codec that decodes them gives them here; others return None.
-        """
-        return None
-
     def decodes_on(self, device: str) -> bool:
         """Return True if `decode_on` is quicker for parameters on such a device ("cpu", "cuda", …)."""
         return False
@@ -215,7 +209,6 @@ FOUR_BYTES = 1 << 30
 CHUNK = 1 << 20  # numbers, or bytes of packed bits, that are worked on at once where copies would add up
 MAX_VARINT = 9  # bytes, 63 bits
 NO_EVENTS = 0x80  # in the first byte, and with the symbol all of the payload
-ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
 
 
 def varint(value: int) -> bytes:
@@ -295,10 +288,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def count_ones(bits: Bits) -> int:
     """Return the number of true bits."""
-    if (library := native.library()) is not None:
-        own = np.ascontiguousarray(bits)
-        return int(library.maskpack_where(native.pointer(own), c_int64(own.size), None))
-    return int(ONES[bits].sum(dtype=np.int64))
+    return bitarray(buffer=np.ascontiguousarray(bits).data, endian="little").count()
 
 
 def where_ones(bits: Bits) -> Numbers:

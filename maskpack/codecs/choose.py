@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import ConfigError
-from .base import CODECS, PROFILES, Bits, Codec, Profile, Side, matrix_shape, plausible
+from ..errors import ConfigError, check_choice
+from .base import CODECS, Bits, Codec, Profile, Side, matrix_shape, plausible
 
 PIECE, PIECES, FAR = 1024, 4, 1.5  # bytes of packed bits, and how often the best codec's are too many
 
@@ -74,8 +74,7 @@ def rivals(profile: Profile, codec: str | None, base: bool) -> list[Codec]:
         ConfigError: if the profile is unknown, or the codec needs the base and it is not there.
         UnknownNameError: if no codec has the id.
     """
-    if profile not in PROFILES:
-        raise ConfigError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
+    check_choice("profile", profile, Profile)
     if codec is None:
         found = [rival for cls in CODECS.all() if base or not cls.needs_base for rival in cls.candidates(profile)]
         superseded = {rival.supersedes for rival in found}

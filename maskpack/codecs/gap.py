@@ -15,7 +15,6 @@ from .base import (
     Bits,
     Bytes,
     Codec,
-    Numbers,
     Profile,
     Reader,
     Side,
@@ -54,9 +53,6 @@ class Gap(Codec):
         return bytes([symbol]) + to_frame(b"".join(made), 1)
 
     def decode(self, data: Bytes, side: Side) -> Bits:
-        return place(*self.events(data, side), side.count)
-
-    def events(self, data: Bytes, side: Side) -> tuple[int, Numbers]:
         reader = Reader(data)
         symbol = reader.byte()
         if symbol > 1:
@@ -70,7 +66,7 @@ class Gap(Codec):
         ends = np.cumsum(widths, dtype=np.int32 if side.count < FOUR_BYTES else np.int64)
         where = ends[near]
         where -= 1
-        return symbol, where
+        return place(symbol, where, side.count)
 
     @classmethod
     def candidates(cls, profile: Profile) -> list[Self]:

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
@@ -119,30 +119,29 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class PulledAdapter:
-    """The folder or file of a pulled adapter, and its repository and commit if it came from the Hub.
+    """An adapter that was read and verified, with its folder or file, and repository and commit if it is of the Hub.
 
-    `signed_by` are ids of the trusted keys that signed it; none where no signature was required.
+    Attributes:
+        contents: the bytes of its files by name.
+        signed: what was signed, if a signature was required.
     """
 
     path: Path
+    adapter: Adapter = field(repr=False)
+    contents: Contents = field(repr=False)
     commit: str | None = None
     repo_id: str | None = None
-    signed_by: tuple[str, ...] = ()
+    signed: Signed | None = field(default=None, repr=False)
+
+    @property
+    def signed_by(self) -> tuple[str, ...]:
+        """Ids of the trusted keys that signed it; none where no signature was required."""
+        return self.signed.by if self.signed else ()
 
     @property
     def pinned(self) -> str:
         """The reference that always means these bytes: `user/name@commit`; the path of a local adapter."""
         return f"{self.repo_id}@{self.commit}" if self.repo_id else str(self.path)
-
-
-@dataclass(frozen=True)
-class OpenedAdapter:
-    """An adapter that was read and verified, the bytes of its files by name; `signed` if a signature was required."""
-
-    pulled: PulledAdapter
-    adapter: Adapter
-    contents: Contents
-    signed: Signed | None = None
 
 
 class PullOptions(TypedDict, total=False):
@@ -185,12 +184,12 @@ def pull(
     Example:
         print(pull("user/my-mask", output="./copy").commit)
     """
-    opened = open_adapter(ref, **options)
+    pulled = open_adapter(ref, **options)
     if output is None:
-        return opened.pulled
+        return pulled
     target = Path(output).expanduser()
-    write_files(opened.contents, target)
-    return replace(opened.pulled, path=target / MODEL_FILE if opened.pulled.path.suffix == ".safetensors" else target)
+    write_files(pulled.contents, target)
+    return replace(pulled, path=target / MODEL_FILE if pulled.path.suffix == ".safetensors" else target)
 
 
 @hides_secrets
@@ -203,7 +202,7 @@ def open_adapter(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     require_signature: str | os.PathLike[str] | None = None,
-) -> OpenedAdapter:
+) -> PulledAdapter:
     """Fetch, read and verify an adapter: every file is opened once. Arguments and errors as of `pull`."""
     reference, keys = parse_reference(ref, revision), trusted_keys(require_signature)
     if reference.path is not None:
@@ -260,7 +259,7 @@ def _version(session: Session, commit: str, options: PullOptions) -> Adapter:
     return found
 
 
-def open_local(path: Path, keys: Keys | None = None) -> OpenedAdapter:
+def open_local(path: Path, keys: Keys | None = None) -> PulledAdapter:
     """Read and verify an adapter on this disk: a folder, or a model file alone; with `keys`, one of them signed it."""
     alone = path.suffix == ".safetensors" and not path.is_dir()  # a whole adapter, which carries its own digests
     if not (path.is_file() if alone else path.is_dir()):
@@ -279,7 +278,7 @@ def open_local(path: Path, keys: Keys | None = None) -> OpenedAdapter:
             raise SignatureError(f"{path} has the unknown file {others[0]!r}, which nobody signed; remove it")
     adapter, signed = parse_signed(files, keys, None, alone)
     ordered = {name: files[name][1] for name in FILES if name in files}
-    return OpenedAdapter(PulledAdapter(path, signed_by=signed.by if signed else ()), adapter, ordered, signed)
+    return PulledAdapter(path, adapter, ordered, signed=signed)
 
 
 def _check_is_no_branch(session: Session, reference: Reference, offline: bool) -> None:
@@ -326,7 +325,7 @@ def _resolve(session: Session, reference: Reference, store: RepositoryCache, off
     return commit
 
 
-def _opened_at(snapshot: Snapshot, offline: bool, keys: Keys | None) -> OpenedAdapter:
+def _opened_at(snapshot: Snapshot, offline: bool, keys: Keys | None) -> PulledAdapter:
     """Return the adapter from the cache if it is there whole; a damaged one is fetched, unless offline."""
     try:
         found = snapshot.cached()
@@ -346,9 +345,9 @@ def _opened_at(snapshot: Snapshot, offline: bool, keys: Keys | None) -> OpenedAd
     return _opened(snapshot, snapshot.fetch(*snapshot.listed), keys)
 
 
-def _opened(snapshot: Snapshot, files: Files, keys: Keys | None) -> OpenedAdapter:
+def _opened(snapshot: Snapshot, files: Files, keys: Keys | None) -> PulledAdapter:
     adapter, signed = parse_signed(files, keys, snapshot.repo_id)
-    by = signed.by if signed else ()
-    pulled = PulledAdapter(files[MODEL_FILE][0].parent, snapshot.commit, snapshot.repo_id, by)
+    folder, contents = files[MODEL_FILE][0].parent, {name: one for name, (_, one) in files.items()}
+    pulled = PulledAdapter(folder, adapter, contents, snapshot.commit, snapshot.repo_id, signed)
     adapter.pinned = pulled.pinned
-    return OpenedAdapter(pulled, adapter, {name: one for name, (_, one) in files.items()}, signed)
+    return pulled

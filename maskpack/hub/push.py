@@ -15,7 +15,7 @@ from ..errors import AdapterError, ConfigError, HubError, SignatureError, check_
 from ..network import hides_secrets, quietly
 from .cache import RepositoryCache, highest, remember
 from .client import ATTEMPTS, PASSING, Session, status_of
-from .pull import OpenedAdapter, Snapshot, open_local
+from .pull import PulledAdapter, Snapshot, open_local
 from .reference import REVISION, Reference, holds, parse_reference, read_card, write_files
 
 if TYPE_CHECKING:
@@ -295,7 +295,7 @@ def push(
 
 
 def _contents(
-    opened: OpenedAdapter,
+    opened: PulledAdapter,
     description: dict[str, Any],
     reference: Reference,
     license: str | None,
@@ -307,7 +307,7 @@ def _contents(
     card = render_card(description, reference.repo_id, license=license)
     earlier, place = there.get(CARD_FILE), str(reference)
     if earlier is None and CARD_FILE in found:
-        earlier, place = bytes(found[CARD_FILE]), str(opened.pulled.path)
+        earlier, place = bytes(found[CARD_FILE]), str(opened.path)
     try:
         card = card if earlier is None else update_card(earlier.decode(), card)
     except UnicodeDecodeError as error:
@@ -321,7 +321,7 @@ def _contents(
 
 
 def _signatures(
-    opened: OpenedAdapter,
+    opened: PulledAdapter,
     files: signature.Contents,
     reference: Reference,
     keys: signature.Keys,
@@ -340,7 +340,7 @@ def _signatures(
         if name not in opened.contents:
             if replaces:
                 raise SignatureError(
-                    f"{reference} is signed, and {opened.pulled.path} has no {name}; sign it, or remove it there"
+                    f"{reference} is signed, and {opened.path} has no {name}; sign it, or remove it there"
                 )
             continue
         content, wrong = bytes(opened.contents[name]), None
@@ -352,6 +352,6 @@ def _signatures(
         elif before is not None and replaces and before.counter >= own.counter:
             wrong = f"has the counter {own.counter}, and the version there has {before.counter}"
         if wrong is not None:
-            raise SignatureError(f"the signature of {opened.pulled.path}, {name}, {wrong}; sign it anew: --sign")
+            raise SignatureError(f"the signature of {opened.path}, {name}, {wrong}; sign it anew: --sign")
         made[name] = content
     return made

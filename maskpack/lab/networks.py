@@ -15,7 +15,7 @@ from ..backbone.classifier import Batch, Classifier, predictions
 from ..backbone.fingerprint import cache_folder, model_digest
 from ..backbone.load import Backbone, load_tensors
 from ..backbone.model import aliases, canonical, inside, swap_module, unwrap
-from ..errors import AdapterError, ConfigError, DataError, StateError
+from ..errors import AdapterError, ConfigError, DataError, StateError, check_choice
 from ..mask import MaskSet
 from ..runtime.apply import applied, unload_mask
 from ..runtime.load import load_adapter, load_mask
@@ -29,7 +29,6 @@ from .trial import measured
 State = Mapping[str, Tensor]
 HEAD = "head"  # what a head behind an encoder is called in a state
 Per = Literal["module", "block"]
-PER: tuple[Per, ...] = ("module", "block")
 
 
 def grouped(module: nn.Module, per: Per = "module", names: Iterable[str] | None = None) -> dict[str, list[str]]:
@@ -44,8 +43,7 @@ def grouped(module: nn.Module, per: Per = "module", names: Iterable[str] | None 
     Example:
         blocks = grouped(model, "block")  # {"conv1": ["conv1.weight", "bn1.weight", …], …}
     """
-    if per not in PER:
-        raise ConfigError(f"per must be one of {', '.join(PER)}, got {per!r}")
+    check_choice("per", per, Per)
     known = set(tensors_of(module)) if names is None else set(names)
     found: dict[str, list[str]] = {}
     for owner, parameters in _owners(module).items():
@@ -326,8 +324,7 @@ class Evaluations:
         batch_size: int = 64,
         folder: Path | None = None,
     ):
-        if split not in ("test", "train"):
-            raise ConfigError(f"split must be test or train, got {split!r}")
+        check_choice("split", split, Literal["test", "train"])
         self.module, self.backbone, self.folder = module, backbone, folder
         self.examples = some(data.labelled(split, "an analysis"), limit)
         self.batches = Batches(backbone, self.examples, batch_size)

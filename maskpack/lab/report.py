@@ -17,13 +17,12 @@ from ..adapter.describe import inspect_adapter
 from ..adapter.notebook import STYLE, accuracy_bars, bars, byte_bars, facts, of_greatest, overview, shown
 from ..adapter.read import MODEL_FILE, Adapter
 from ..backbone.load import Backbone
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, as_text
 from ..runtime.apply import unload_mask
 from ..runtime.load import load_mask
 from ..training.data.base import Data
 from ..training.evaluate import adapter_logits
 from ..training.features import by_class
-from ..training.progress import readable
 from .figure import in_order
 
 PAGE = """
@@ -119,7 +118,7 @@ def _sections(adapter: Adapter, found: Mapping[str, Any], checked: Mapping[str, 
     if accuracies := accuracy_bars(record):
         yield f"<h2>Accuracy at the end of training</h2>{accuracies}\n"
     if results := metrics(record):
-        lines = facts((key, _figure(key, value)) for key, value in results.items())
+        lines = facts((key, as_text(results, key)) for key in results)
         yield f"<details><summary>all results of the training record</summary>{lines}</details>\n"
     yield f"<h2>Bytes, beside LoRA for the same weights</h2>{byte_bars(record, masks, found['size'])}\n"
     yield f"<h2>Bytes of the file, by part</h2>{bars(of_greatest(found['bytes']))}\n"
@@ -191,11 +190,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def _figure(name: str, value: float) -> str:
-    text = readable(value, name)
-    return text if text.endswith(("%", "points")) else f"{value:.4g}"
-
-
 def _curve(name: str, points: Points) -> str:
     """Return a curve as SVG, with the first and last value and step in its caption."""
     thinned = points[:: math.ceil(len(points) / MOST_POINTS)] + points[-1:]
@@ -203,7 +197,7 @@ def _curve(name: str, points: Points) -> str:
     low, high = min(values), max(values)
     across, up = last - first or 1, high - low or 1
     drawn = " ".join(f"{300 * (x - first) / across:.1f},{95 - 90 * (y - low) / up:.1f}" for x, y in thinned)
-    start, end, least, most = (_figure(name, value) for value in (values[0], values[-1], low, high))
+    start, end, least, most = (as_text({name: value}, name) for value in (values[0], values[-1], low, high))
     caption = f"{name.replace('_', ' ')}: {start} at step {first:g}, {end} at step {last:g}"
     label = shown(f"{caption}, between {least} and {most}")
     svg = f'<svg viewBox="0 0 300 100" preserveAspectRatio="none" height="100" role="img" aria-label="{label}">'

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -56,7 +56,7 @@ class Job:
     folder: str
 
 
-class Worker:
+class Worker(AbstractContextManager["Worker"]):
     """A process that forks one process for each job. It starts when it is first needed.
 
     It ends with all that it started when the context ends, and also when this process is killed.
@@ -66,9 +66,6 @@ class Worker:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
-
-    def __enter__(self) -> "Worker":
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._process is not None:

@@ -5,7 +5,7 @@ Whatever is overwritten is noted first, in the model's `Applied` record, so that
 
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeVar
@@ -397,6 +397,7 @@ def apply_parts(
     masks: Iterable[tuple[str, PackedMask]] | None = None,
     restorable: bool = True,
     place: Place = TOP,
+    check: Callable[[], object] | None = None,
 ) -> None:
     """Apply masks one at a time, then dense tensors and head, in place; storage and `requires_grad` stay.
 
@@ -406,13 +407,20 @@ def apply_parts(
     Args:
         masks: name and mask, in the place of those of `parts`, whose names and shapes are checked before the first.
         restorable: keep what `unload_mask` needs. place: where the names of `parts` stand in the model.
+        check: called once all is applied; if it raises, the model is put back too.
     """
     check_compiled()
     check_free(model)
-    put(model, Applied(mask_id, restorable=restorable, place=place), parts, masks)
+    put(model, Applied(mask_id, restorable=restorable, place=place), parts, masks, check)
 
 
-def put(model: nn.Module, record: Applied, parts: Parts, masks: Iterable[tuple[str, PackedMask]] | None = None) -> None:
+def put(
+    model: nn.Module,
+    record: Applied,
+    parts: Parts,
+    masks: Iterable[tuple[str, PackedMask]] | None = None,
+    check: Callable[[], object] | None = None,
+) -> None:
     """Apply an adapter to a model that is the base, by a new record; see `apply_parts`."""
     root, model = unwrap(model), view(model, record.place)
     state = tensors_of(model)
@@ -435,18 +443,14 @@ def put(model: nn.Module, record: Applied, parts: Parts, masks: Iterable[tuple[s
         record.after = written(state if record.head is None else tensors_of(model), names)
         if record.notes is not None:
             record.notes.update({name: one for name, one in record.changed if one.at is not None})
+        if check is not None:
+            check()
         record.complete = True
     except BaseException:
         undo(root, record)
         raise
     if not record.restorable:
-        keep_nothing(root)
-
-
-def keep_nothing(model: nn.Module) -> None:
-    """Drop the record that is needed to undo the mask on a model."""
-    root = unwrap(model)
-    _APPLIED[root] = Applied(_APPLIED[root].mask_id, restorable=False, complete=True)
+        _APPLIED[root] = Applied(record.mask_id, restorable=False, complete=True)
 
 
 def unload_mask(model: Model, *, force: bool = False) -> Model:

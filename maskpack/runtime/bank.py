@@ -109,7 +109,7 @@ class Resident:
         return ResidentStatus(self.name, state, self.pinned, self.mask_id, density, host, self.device_bytes)
 
 
-class MaskBank:
+class MaskBank(AbstractContextManager["MaskBank"]):
     """Adapters that stay resident on one model as packed bits; the model computes with one of them, or as the base.
 
     Weights, statistics and heads are written in place: class, names, storage and `requires_grad` of the model's tensors
@@ -161,9 +161,6 @@ class MaskBank:
         self._residents: dict[str, Resident] = {}
         self._switches: Counter[str] = Counter()
         apply.hold(model, self._lock)  # not the bank itself, which would keep the model
-
-    def __enter__(self) -> "MaskBank":
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -463,7 +460,7 @@ class MaskBank:
         place, pinned = find_place(self.model, source.base, source.shapes()), source.pinned
         base = view(self.model, place)
         apply.check_masks(base, source.shapes())
-        check_base(base, source, self._verify, stacklevel=5)
+        check_base(base, source.base, self._verify, stacklevel=5)
         parts = place.parts(decoded_parts(source, base))
         apply.check_dense(unwrap(self.model), parts, apply.tensors_of(self.model))
         # what a branch or tag meant is pinned by the commit

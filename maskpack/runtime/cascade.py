@@ -169,7 +169,7 @@ def load_cascade(
     base, model, place = view(model, place), unwrap(model).get_submodule(place.add), Place(place.strip)
     for name in adapter.sets:
         check_masks(base, adapter.shapes(name))
-    check_base(base, adapter, verify, stacklevel=4)
+    check_base(base, adapter.base, verify, stacklevel=4)
     module = parts.embedding.module
     if module is not None and module not in dict(unwrap(model).named_modules()):
         raise BackboneMismatchError(

@@ -13,9 +13,8 @@ import json
 import os
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +31,13 @@ from ..errors import BackboneMismatchError, ConfigError, CorruptAdapterError, Da
 from ..hub.versions import Versions, patch_name, refuse_second_writer, whole_name
 from ..mask import MaskSet, PackedMask
 from ..safetensors_io import Made, TensorFile, read_tensors, write_tensors
-from .apply import apply_parts, check_free, check_masks, forget, tensors_of, unload_mask
+from .apply import apply_parts, check_free, check_masks, forget, tensors_of
 
 DIGESTS = "maskpack_digests"  # key in the metadata of a whole checkpoint
 Where = str | os.PathLike[str]
 
 
-class PatchWriter:
+class PatchWriter(AbstractContextManager["PatchWriter"]):
     """Writes a patch of a model's weights for each step of a training loop, into a folder of versions.
 
     It holds one copy of the weights. `step` compares with it and returns; a thread codes and sends what changed, and
@@ -124,9 +123,6 @@ class PatchWriter:
     def close(self) -> None:
         """Wait until all is sent."""
         self.wait()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.wait()
@@ -294,16 +290,14 @@ class PatchReader:
 
     def _put(self, parts: Parts, digests: Mapping[str, str] | None) -> None:
         """Apply parts, compare the whole body, and keep nothing; after any error the weights are what they were."""
-        apply_parts(self.model, parts)
-        try:
-            found = measure_body(self.model, ())
-            if digests is not None and found.digest not in digests.values():
+
+        def check() -> None:
+            self._measured = measure_body(self.model, ())
+            if digests is not None and self._measured.digest not in digests.values():
                 raise CorruptAdapterError(
                     f"{self.versions.where} has a version with other weights than it says, so that the model was put "
                     f"back; tell whoever writes there"
                 )
-        except BaseException:
-            unload_mask(self.model)
-            raise
+
+        apply_parts(self.model, parts, check=check)
         forget(self.model)
-        self._measured = found

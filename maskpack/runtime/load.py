@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal, Unpack, get_args
+from typing import Literal, Unpack
 
 from torch import nn
 
@@ -13,13 +13,13 @@ from ..adapter.chain import base_of_chain, check_chain, merged, why_no_patch
 from ..adapter.content import Parts
 from ..adapter.read import Adapter
 from ..backbone.fingerprint import Measured, check_measured, measure_body
-from ..backbone.model import inside, named_parameters, unwrap
+from ..backbone.model import Fingerprint, inside, named_parameters, unwrap
 from ..backbone.shards import any_shared
-from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateError
+from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateError, check_choice
 from ..hub.pull import PullOptions, earlier_adapters, open_adapter
 from ..mask import MaskSet, PackedMask
 from ..threads import in_thread
-from .apply import Model, applied, apply_parts, check_free, check_masks, keep_nothing, tensors_of, unload_mask
+from .apply import Model, applied, apply_parts, check_free, check_masks, tensors_of, unload_mask
 from .place import TOP, find_place, view
 
 LOG = logging.getLogger(__name__)
@@ -118,17 +118,13 @@ def load_chain(model: Model, chain: Sequence[Adapter], *, verify: Verify, restor
     place = find_place(model, base, shapes)
     inner = view(model, place)
     check_masks(inner, shapes)
-    checked(verify, lambda: check_measured(measure_body(inner, base.head), base), stacklevel=4)
+    check_base(inner, base, verify, stacklevel=5)
     parts, last = merged(chain, tensors_of(inner)), chain[-1]
-    try:
-        apply_parts(model, parts, mask_id=last.mask_id, place=place)
-        checked(verify, lambda: check_result(measure_body(inner, last.base.head), last), stacklevel=4)
-    except BaseException:
-        if applied(model) is not None:
-            unload_mask(model)
-        raise
-    if not restorable:
-        keep_nothing(model)
+
+    def check() -> None:
+        checked(verify, lambda: check_result(measure_body(inner, last.base.head), last), stacklevel=7)
+
+    apply_parts(model, parts, mask_id=last.mask_id, restorable=restorable, place=place, check=check)
     return model
 
 
@@ -189,11 +185,8 @@ def _check_is_for(model: nn.Module, adapter: Adapter) -> None:
 
 
 def check_choices(verify: Verify, head: HeadChoice = "replace", mode: Mode = "target") -> None:
-    if verify not in get_args(Verify) or head not in get_args(HeadChoice) or mode not in get_args(Mode):
-        raise ConfigError(
-            f"verify must be strict, warn or off, head replace or keep, mode target or source; got {verify}, {head}, "
-            f"{mode}"
-        )
+    for name, value, kind in (("verify", verify, Verify), ("head", head, HeadChoice), ("mode", mode, Mode)):
+        check_choice(name, value, kind)
 
 
 def check_one_set(adapter: Adapter) -> None:
@@ -244,7 +237,7 @@ def _masks_on(model: nn.Module, adapter: Adapter, verify: Verify) -> Iterable[tu
     if verify == "off":
         return masks
     if any_shared(named_parameters(model)):  # they are gathered for both, one after another
-        check_base(model, adapter, verify, stacklevel=5)
+        check_base(model, adapter.base, verify, stacklevel=5)
         return masks
     measured = in_thread(lambda: measure_body(model, adapter.base.head))
     try:
@@ -254,8 +247,8 @@ def _masks_on(model: nn.Module, adapter: Adapter, verify: Verify) -> Iterable[tu
     return decoded
 
 
-def check_base(model: nn.Module, adapter: Adapter, verify: Verify, stacklevel: int) -> None:
-    checked(verify, lambda: check_measured(measure_body(model, adapter.base.head), adapter.base), stacklevel)
+def check_base(model: nn.Module, base: Fingerprint, verify: Verify, stacklevel: int) -> None:
+    checked(verify, lambda: check_measured(measure_body(model, base.head), base), stacklevel)
 
 
 def checked(verify: Verify, compare: Callable[[], object], stacklevel: int) -> None:

@@ -7,11 +7,11 @@ import uuid
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Literal, Unpack, get_args
+from typing import Any, Literal, Unpack
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from ..errors import AdapterError, ConfigError, HubError, StateError
+from ..errors import AdapterError, ConfigError, HubError, StateError, check_choice
 from ..hub.pull import PullOptions
 
 InFlight = Literal["finish", "hold", "abort"]
@@ -63,8 +63,7 @@ def switch_server(
         AdapterError: if the server refuses the adapter. StateError: if the server is not in the state for it.
         HubError: if it does not answer.
     """
-    if in_flight not in get_args(InFlight):
-        raise ConfigError(f"in_flight must be finish, hold or abort; got {in_flight!r}")
+    check_choice("in_flight", in_flight, InFlight)
     if options.get("token"):
         raise ConfigError("a token is not sent to a server; log in there: hf auth login, or the variable HF_TOKEN")
     if not url.startswith(("http://", "https://")):

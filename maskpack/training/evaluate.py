@@ -19,11 +19,12 @@ from ..mask import MaskSet
 from ..preprocess import preprocess_from_json
 from ..runtime.apply import masked
 from ..runtime.cascade import load_cascade
-from ..runtime.load import Mode, removing
+from ..runtime.load import Mode, load_mask, removing
 from .cascade import fit_whitening
 from .data.base import Data, Examples, loader, readable
-from .features import MEASURES, disjoint, embed, embed_all, measured, routed
+from .features import MEASURES, Measure, disjoint, embed, embed_all, measure_features, measured, routed
 from .objectives.base import find_objective
+from .objectives.language import exact_answers
 from .objectives.supervised import Supervised
 from .transfer import TransferResult
 
@@ -43,16 +44,47 @@ def as_loaded(backbone: Backbone, adapter: Adapter) -> Backbone:
     return replace(backbone, embedding=Embedding(adapter.base.head[0]))
 
 
-def adapter_figures(
-    backbone: Backbone, adapter: Adapter, examples: Examples, *, batch_size: int = 64
+def figures(
+    backbone: Backbone,
+    adapter: Adapter | None,
+    data: Data,
+    *,
+    mode: Mode = "target",
+    split: str = "test",
+    measures: Sequence[Measure] = (),
+    shares: Sequence[float] = (),
+    answers: int | None = None,
+    batch_size: int = 64,
 ) -> dict[str, Any]:
-    """Return an adapter's accuracy, or the figure of its task, on a split, with the numbers of readable and other rows.
+    """Return the figures of an adapter, which is put on its backbone and stays there, or of a backbone alone, on data.
 
-    The backbone is as `as_loaded` gives it, and the data have the adapter's class names.
+    Args:
+        split: of which an adapter's accuracy, or the figure of its task, is measured, if it has a head.
+        measures: of features. shares: of the training rows, for these.
+        answers: prompts that a language model answers, as in `exact_answers`.
     """
-    head = adapter.parts(stream=True).head if adapter.about.preprocess is not None else None
-    found = find_objective("supervised", backbone.task).measured(backbone, examples, head, batch_size)
-    return {**found, "examples": len(examples) - len(examples.unreadable), "unreadable": len(examples.unreadable)}
+    result: dict[str, Any] = {
+        "adapter": None if adapter is None else adapter.pinned,
+        "backbone": backbone.id,
+        "data": data.id,
+        "split": split,
+        "class_names": list(data.class_names),
+    }
+    head = None
+    if adapter is not None:
+        load_mask(backbone.model, adapter, mode=mode)
+        backbone = as_loaded(backbone, adapter)
+        head = adapter.parts(stream=True).head if adapter.about.preprocess is not None else None
+    if adapter is not None and (head is not None or not measures):  # without one this is the error that says so
+        rows = data.split(split)
+        result |= find_objective("supervised", backbone.task).measured(backbone, rows, head, batch_size)
+        result |= {"examples": len(rows) - len(rows.unreadable), "unreadable": len(rows.unreadable)}
+        if answers is not None:
+            result["exact_answers"] = exact_answers(backbone, rows, answers, batch_size)
+    if measures:
+        result["features"] = measure_features(backbone, data, measures, shares or [1.0], batch_size=batch_size)
+        result.setdefault("unreadable", len(data.split(split).unreadable))
+    return result
 
 
 def adapter_logits(

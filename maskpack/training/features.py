@@ -19,11 +19,10 @@ from ..adapter.content import FIGURES, Cascade
 from ..backbone.classifier import embeddings
 from ..backbone.fingerprint import cache_folder, model_digest
 from ..backbone.load import Backbone
-from ..errors import DataError, MaskpackError, escape
+from ..errors import DataError, MaskpackError, as_text, escape
 from ..preprocess import preprocess_to_json
 from ..runtime.cascade import LoadedCascade
 from .data.base import Data, Examples, few_labels, loader, readable
-from .progress import readable as readable_figure
 from .run_folder import read_sealed, write_sealed
 
 Measure = Literal["knn", "probe"]
@@ -380,8 +379,8 @@ def worth_warnings(metrics: Mapping[str, float], masks: bool = True) -> list[str
     split, name, one = first
     if metrics.get(f"{split}_over_{one.baseline}", 1.0) <= 0:
         found.append(
-            f"the {split} {name} is {readable_figure(metrics[f'{split}_{name}'], name)}, and {one.words} has "
-            f"{readable_figure(metrics[f'{split}_{one.baseline}_{name}'], name)}: the mask was not worth it; "
+            f"the {split} {name} is {as_text(metrics, f'{split}_{name}')}, and {one.words} has "
+            f"{as_text(metrics, f'{split}_{one.baseline}_{name}')}: the mask was not worth it; "
             f"take more steps, or do without it"
         )
     return found

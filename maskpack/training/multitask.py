@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack, get_args
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from ..backbone.load import Backbone, export_state, load_weights
 from ..backbone.model import named_parameters, swap_module
 from ..backbone.select import select_parameters
 from ..codecs.base import Profile
-from ..errors import ConfigError, StateError, TrainingError, check_argument
+from ..errors import ConfigError, StateError, TrainingError, check_argument, check_choice
 from ..mask import MaskSet
 from ..preprocess import Augment
 from .config import JointConfig, Mode, TrainConfig
@@ -50,7 +50,6 @@ from .run_folder import (
 from .stored import BATCH_NORMS, batchnorm_statistics, beside_masks, set_train_mode, settle, shortened
 from .trainer import TrainResult, as_backbone, plan_training, result_of, train_mask
 
-MODES: tuple[Mode, ...] = get_args(Mode)
 TOGETHER = ("gated", "shared")
 BASE, CLAIM, RESULT, RUNS = "backbone.safetensors", "multitask.json", "results.json", "training"
 JOINT = "jointly"  # the joint run's folder inside RUNS
@@ -490,8 +489,7 @@ def survey(
 
 
 def _check(tasks: Mapping[str, Task], mode: str, joint: JointConfig) -> None:
-    if mode not in MODES:
-        raise ConfigError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    check_choice("mode", mode, Mode)
     if not tasks:
         raise ConfigError("there is no task; name at least one")
     if mode == "sequential" and joint != JointConfig():

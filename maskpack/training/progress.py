@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +13,7 @@ from functools import wraps
 from importlib.util import find_spec
 from typing import Any, ParamSpec, TypeVar
 
-from ..errors import escape
+from ..errors import as_text, escape
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,8 +23,6 @@ SHOWN = (
     *("bits_per_changed_weight", "validation_r2", "divergence", "agreement"),
     *("prototype_usage", "feature_rank"),
 )  # values of an event that are shown, the most important first
-ACCURACIES = {"accuracy", "probe", "knn", "k-NN", "head"}  # words of the names of accuracies
-FIGURES = ("accuracy", "r2", "perplexity")  # by which trials of a search are compared
 BESIDE = 50  # characters that a bar, its counts and times take beside the text
 FIRST, LEAST, SHARE = 2.0, 10.0, 0.1  # seconds before the first line, and between two; share of the time so far
 
@@ -127,6 +124,7 @@ class Seen:
     @contextmanager
     def training(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         """Show the progress of trainings; give what they report to."""
+        from ..adapter.content import FIGURES
         from .data.base import watched
 
         bar, passes = self.bar("starting", percent=False), "preparing, batches"  # of data, before the first step
@@ -136,7 +134,7 @@ class Seen:
                 nonlocal passes
                 passes = "evaluating, batches"
                 part = f"{event['part']}: " if "part" in event else ""
-                words = [f"{key.replace('_', ' ')} {readable(event[key], key)}" for key in SHOWN if key in event]
+                words = [f"{key.replace('_', ' ')} {as_text(event, key)}" for key in SHOWN if key in event]
                 match event["event"]:
                     case "warning":
                         self.warn(f"{part}{event['warning']}")
@@ -144,7 +142,7 @@ class Seen:
                         self.note(f"{part}{event['resumed']}")
                     case "trial":
                         name = next(one for one in FIGURES if one in event)
-                        self.note(f"{part}{name} {readable(event[name], name)}")
+                        self.note(f"{part}{name} {as_text(event, name)}")
                     case "end":
                         pass
                     case kind:
@@ -153,20 +151,6 @@ class Seen:
                         moved(event["step"], event["steps"], " ".join([f"{part}training", *words[:2]]))
 
             yield report
-
-
-def readable(value: Any, key: str = "") -> str:
-    """Return a value as text for people; an accuracy, told by the words of its key, in per cent."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        words = set(re.split(r"[ _(]", key))
-        if not ACCURACIES & words or "r2" in words:
-            return f"{value:.4f}"
-        return f"{100 * value:+.2f} points" if "over" in words else f"{100 * value:.2f} %"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return "-" if value is None else str(value)
 
 
 def seen_by_default() -> Seen | None:

@@ -127,6 +127,12 @@ class Data:
         found = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: examples for name, examples in found.items() if examples is not None}
 
+    def split(self, name: str) -> Examples:
+        """Return a split, which must exist."""
+        if name not in self.splits:
+            raise DataError(f"the data {self.id!r} have no {name} split; choose one of: {', '.join(self.splits)}")
+        return self.splits[name]
+
     def labelled(self, split: str, use: str) -> Examples:
         """Return a split, which must exist and have labels, for a use as in "a comparison"."""
         if split not in self.splits or not self.class_names:
