@@ -141,7 +141,7 @@ class World:
         assert same(bits_of(self.model), self.wanted[name]), f"damaged: it is said to be {name}"
 
     def check(self) -> None:
-        """Raise AssertionError if the bits are not those of the adapter on the model, or an undo does not restore the base."""
+        """Raise AssertionError if the bits are not those of the adapter on the model, or its undo is not the base."""
         self.check_said()
         if applied(self.model) is not None:
             unload_mask(self.model)
