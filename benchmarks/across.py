@@ -49,7 +49,7 @@ Rounding = tuple[Floats, Floats, tuple[int, ...], bool, Rounded]  # arguments of
 
 
 def roundings(bits: Bits, side: Side) -> dict[str, list[Rounding]]:
-    """Return how a mask's coefficients were rounded: "left" and "right", a direction each, "row" and "input"."""
+    """Return the roundings of a mask's coefficients by array: "row", "input", "left" and "right"."""
     seen, names = list[Rounding](), list[str]()
     rounded, assembled = logit_fit.rounded, logit_fit.assembled
     events = bits if 2 * count_ones(bits) <= side.count else flipped(bits, side.count)
@@ -79,7 +79,7 @@ def roundings(bits: Bits, side: Side) -> dict[str, list[Rounding]]:
 
 
 def saved(mine: dict[str, list[Rounding]], known: dict[str, list[Rounding]]) -> float:
-    """Return the bits saved by coding a mask's coefficients as differences from predictions by another's."""
+    """Return the bits saved when a mask's coefficients are predicted by other masks' and the rest is coded."""
     total = 0.0
     for name, own in mine.items():
         if name not in known:
@@ -94,7 +94,7 @@ def saved(mine: dict[str, list[Rounding]], known: dict[str, list[Rounding]]) -> 
 
 
 def trained() -> MaskSet:
-    """Return masks of MiniLM on TREC's questions, trained once, of all weights and in 80 steps; kept in runs/."""
+    """Return masks of all weights of MiniLM for TREC's questions, trained in 80 steps once and kept in runs/."""
     file = RUNS / f"{OTHER_TASK}.safetensors"
     if not file.exists():
         settings: dict[str, Any] = {"top": 1.0, "train": (), "lr": 0.05, "head_lr": 0.01, "steps": 80, "batch_size": 16}
@@ -106,7 +106,7 @@ def trained() -> MaskSet:
 
 
 def measure(name: str, known: str) -> dict[str, Any]:
-    """Return the bytes of a mask alone, with the bits of another as context, and what predictions save of each."""
+    """Return the bytes of a mask coded alone and with another as context, and what predictions save of both."""
     made = dict(cases(CORPUS))
     case, other = made[name](), trained() if known == OTHER_TASK else made[known]().masks
     assert case.weights is not None

@@ -157,18 +157,18 @@ def lines(target: str, kinds: Mapping[str, Kind], across: tuple[str, str], limit
 
 
 def basins() -> None:
-    """Lines between networks of a kind, and between a pretrained and a random start."""
+    """Measure barriers between networks of a kind, and between a pretrained and a random start."""
     for target in TARGETS:
         lines(target, KINDS, ("pretrained", "random"))
 
 
 def texts() -> None:
-    """Lines between masked and fine-tuned MiniLMs (Zhao et al., arXiv 2004.12406)."""
+    """Measure barriers between masked and fine-tuned MiniLMs (Zhao et al., arXiv 2004.12406)."""
     lines(TEXT_TARGET, TEXT_KINDS, ("masked", "fine-tuned"), limit=TEXT_ROWS)
 
 
 def features() -> None:
-    """Similarity of features, distances and common mistakes."""
+    """Measure the similarity of features, distances and common mistakes."""
 
     def measured(target: str, measure: str) -> dict[str, Any]:
         one = study(target)
@@ -187,7 +187,7 @@ def features() -> None:
 
 
 def critical() -> None:
-    """Criticality of modules by rewinding; for the first seed of sketches also along its path and with noise."""
+    """Measure the criticality of modules; for the first seed of sketches also along the path and with noise."""
 
     def measured(target: str, name: str, seed: int, limit: int | None, **options: Any) -> dict[str, Any]:
         one = study(target)
@@ -206,7 +206,7 @@ def critical() -> None:
 
 
 def masks() -> None:
-    """Criticality of masks, and what masking the critical half alone costs and saves."""
+    """Measure the criticality of masks, and what masking the critical half alone costs and saves."""
 
     def measured(split: str, seed: int) -> dict[str, Any]:
         one = study("sketch")
@@ -253,7 +253,7 @@ def halves(seed: int) -> dict[str, Any]:
 
 
 def shuffle(target: str = "sketch") -> None:
-    """Images in shuffled blocks, from a pretrained and from a random start."""
+    """Train on images in shuffled blocks, from a pretrained and from a random start."""
     blocks = FEW_BLOCKS if target == XRAY else BLOCKS
     expected = list(product(blocks, STARTS, SEEDS))
     about = {} if target == "sketch" else {"target": target}
@@ -268,7 +268,7 @@ def shuffle(target: str = "sketch") -> None:
 
 
 def checkpoints() -> None:
-    """Training on sketches from the checkpoints of a network that learns CIFAR-10 from a random start."""
+    """Train on sketches from the checkpoints of a network that learned CIFAR-10 from a random start."""
     if len(trials(NAME, what="checkpoints")) == len(EPOCHS) * len(SEEDS):
         return
     folder = OUTPUT / "checkpoints"
@@ -466,7 +466,7 @@ def mask_rows(drawn: Drawn) -> str:
 
 
 def summaries(what: str, *keys: str, target: str | None = None) -> list[dict[str, Any]]:
-    """Return the trials of an analysis with these settings in common: the mean over seeds and the deviation."""
+    """Return mean and deviation over seeds of an analysis's trials, for each combination of these settings."""
     found: dict[tuple[Any, ...], list[float]] = {}
     for one in trials(NAME, what=what, target=target):
         found.setdefault(tuple(one[key] for key in keys), []).append(one["result"]["accuracy"])

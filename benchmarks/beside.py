@@ -25,7 +25,7 @@ OPS = ("zero", "flip")
 
 
 def child(model: str, op: str) -> dict[str, float]:
-    """Return the median seconds of a load, with the base not checked, and of an undo; random masks of density 0.8."""
+    """Return the median seconds of a load without a check of the base and of an undo, of masks of density 0.8."""
     import torch
 
     from maskpack import MaskSet, load_adapter, load_mask, save_adapter, unload_mask

@@ -114,7 +114,7 @@ def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
 
 
 def decode_all(coded: Sequence[tuple[Codec, bytes, Side]]) -> None:
-    """Decode the payloads of a set: without the compiled part those of `logit` together, as `Adapter.parts` does."""
+    """Decode the payloads of a set as `Adapter.parts` does: without the compiled part those of `logit` together."""
     together = native.library() is None
     for base in (False, True) if together else ():
         own = [(data, side) for used, data, side in coded if isinstance(used, Logit) and used.needs_base == base]
@@ -136,7 +136,7 @@ def without_loops() -> Iterator[None]:
 
 
 def numpy_rates(case: Case) -> Row:
-    """Return decoding rates by numpy and compiled, and constriction's as a measure of the machine's load.
+    """Return the rates of decoding with numpy and compiled, and constriction's to show the machine's load.
 
     `lanes` are those of all payloads together, which numpy decodes side by side.
     """

@@ -141,24 +141,24 @@ def chosen() -> dict[str, list[float]]:
 
 
 def images(name: str) -> None:
-    """Few-label curves of one data set, and the table at all labels."""
+    """Run the comparison on one data set of images, with few labels and with all."""
     rates = {} if name == FIRST else chosen()
     compared(NAME, name, resnet(20), data_of(name), FEW, rates, IMAGES, SHARES)
     compared(NAME, name, resnet(20), data_of(name), TABLE, rates, IMAGES)
 
 
 def deeper(name: str) -> None:
-    """The table of one domain with the ResNet of 32 layers."""
+    """Run the comparison on one domain with the ResNet of 32 layers."""
     compared(NAME, f"resnet32-{name}", resnet(32), data_of(name), TABLE, chosen(), IMAGES)
 
 
 def texts() -> None:
-    """The table of Banking77."""
+    """Run the comparison on Banking77."""
     compared(NAME, "banking77", minilm(), data_of("banking77"), TEXT_TABLE, TEXT_RATES, TEXTS)
 
 
 def cascades() -> None:
-    """The cascade table of the first data set, for each seed, and the rows that need no training."""
+    """Train cascades on the first data set, one for each seed, and measure the rows that need no training."""
     trial("cascades", {"control": "raw"}, raw)
     for seed in SEEDS:
         rate = chosen()["self-supervised"][0]
@@ -168,7 +168,7 @@ def cascades() -> None:
 
 
 def raw() -> dict[str, Any]:
-    """Return rows of the backbone without a mask, which cascades that are recorded lack."""
+    """Return the rows of the backbone without a mask, which the recorded tables of cascades lack."""
     backbone, data = load_backbone(**resnet(20)), load_data(str(data_of(FIRST)))
     (x, y), (test_x, test_y) = (embed(backbone, split, cache=False) for split in disjoint(data))
     classes, rows = len(data.class_names), []
@@ -191,7 +191,7 @@ def cascade(start: Mapping[str, Any], name: str, config: TrainConfig, folder: Pa
 
 
 def ablations() -> None:
-    """One seed each, on the first data set: the self-supervised mask, and the probe of random weights."""
+    """Train the changes of the self-supervised mask on the first data set, one seed each, and probe random weights."""
     rates = {"self-supervised": chosen()["self-supervised"]}
     for name, (_, config, random_start) in ABLATIONS.items():
         own = (resnet(20, random_start), data_of(FIRST), ablated(name), rates, config)
@@ -308,7 +308,7 @@ def over_sets(groups: Mapping[str, Mapping[str, Layers]]) -> tuple[dict[str, lis
 
 
 def density_cells(found: Layers) -> list[str]:
-    """Return mean and deviation over data sets of the mean of all layers, and of the layer with the least."""
+    """Return cells with densities over data sets: of all layers, of the sparsest layer, and that layer's name."""
     least = min(found[0], key=lambda layer: mean(one[layer] for one in found))
     return [*(percent(each) for each in ([mean(one.values()) for one in found], [one[least] for one in found])), least]
 

@@ -36,7 +36,7 @@ def adapter(seed: int, weights: int = WEIGHTS) -> dict[str, bytes]:
 
 
 def without_card(seed: int, weights: int = WEIGHTS) -> dict[str, bytes]:
-    """Return the same without its card."""
+    """Return the files of an adapter without its card."""
     return {name: data for name, data in adapter(seed, weights).items() if name != CARD}
 
 
@@ -112,7 +112,7 @@ class Run:
 
 
 def wrong_adapter(found: dict[str, bytes], seed: int) -> list[str]:
-    """Return the files that are not those of the seed's adapter; a card may be another."""
+    """Return the names of files that differ from the seed's adapter; its card may."""
     return [name for name, data in without_card(seed).items() if found.get(name) != data]
 
 
@@ -162,7 +162,7 @@ def start_push(run: Run) -> None:
 
 
 def check_push(run: Run, answer: Answer) -> list[str]:
-    """At most one commit, whole, and where the call succeeded exactly that one; a repetition ends with just one."""
+    """Check a push: at most one commit, a whole one, and just one if it succeeded; a repetition ends with one."""
     wrong = _look_at_push(run, answer)
     if "error" in answer and not wrong:
         again = run.client.call("push", run.folder / "adapter", run.repo_id)
@@ -200,7 +200,7 @@ def start_pull_commit(run: Run) -> None:
 
 
 def check_pull(run: Run, answer: Answer) -> list[str]:
-    """The right bytes or an error; what the cache and the folder hold then is right or refused; a repetition works."""
+    """Check a pull: right bytes or an error; cache and folder are then right or refused; a repetition works."""
     wrong = _look_at_pull(run, answer)
     if "error" in answer:
         left = [run.client.call("pull", f"{run.repo_id}@{run.commit}", cache_dir=run.cache, local_files_only=True)]
@@ -228,7 +228,7 @@ def _look_at_pull(run: Run, answer: Answer) -> list[str]:
 
 
 def prepare_tag(run: Run) -> None:
-    """A tag, and another commit of the same adapter's repository in the cache."""
+    """Make a tag, and have another commit of the repository in the cache."""
     run.server.add(run.repo_id, adapter(run.seed + 1))
     run.client.call("pull", run.repo_id, cache_dir=run.cache)
     prepare_pull(run)
@@ -242,7 +242,7 @@ def start_pull_tag(run: Run) -> None:
 
 
 def prepare_damaged(run: Run) -> None:
-    """A cache in which everything of a commit became something else, and what a killed pull left."""
+    """Damage everything of a commit in the cache, and leave there what a killed pull leaves."""
     prepare_pull(run)
     run.client.call("pull", f"{run.repo_id}@{run.commit}", cache_dir=run.cache)
     shutil.rmtree(
@@ -261,7 +261,7 @@ def start_load(run: Run) -> None:
 
 
 def check_load(run: Run, answer: Answer) -> list[str]:
-    """The right weights or an error, also when it is repeated; then nothing unfinished is left in the cache."""
+    """Check a load: right weights or an error, also when repeated; nothing unfinished is left in the cache."""
     local = write_adapter(run.folder / "local", adapter(run.seed))
     right = run.client.call("load_mask", local, weights=WEIGHTS, small=SMALL)
     wrong = [] if "error" in answer or answer == right else ["the weights are others"]
@@ -277,7 +277,7 @@ def start_search(run: Run) -> None:
 
 
 def check_search(run: Run, answer: Answer) -> list[str]:
-    """The repository, or an error; a repetition finds it."""
+    """Check a search: it gives the repository or an error, and a repetition finds it."""
     found = answer if "error" not in answer else run.client.call("search_adapters", f"r{run.number}")
     return [] if run.repo_id in found.get("found", []) else [f"{run.repo_id} was not found: {found}"]
 

@@ -100,7 +100,7 @@ def ask(verb: str, endpoint: str, folder: Path, slow_names: bool = False) -> dic
 
 
 def offline(folder: Path, only: str | None = None) -> list[dict[str, Any]]:
-    """Run all verbs against all kinds of a Hub that is not there; AT_ONCE, since most of the time is start-up."""
+    """Run all verbs against every kind of unreachable Hub, several at once, since most of the time is start-up."""
     with silent(0, 4) as deaf, silent(64, 0) as mute, socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # bound and not listening: refused, and nobody else's
         hubs = {

@@ -60,7 +60,7 @@ def named(answers: list[Answer]) -> list[str]:
 def to_one_branch(
     server: HubServer, clients: list[Client], folder: Path, what: str, seeds: Iterable[int]
 ) -> dict[str, Any]:
-    """Every push lands exactly once, or says that it did not; equal ones land once together."""
+    """Check pushes to one branch: each lands once or says that it did not; equal ones land once together."""
     seeds, repo_id = list(seeds), f"alice/race-{what.split()[0]}"
     folders = adapters(folder, what.split()[0], seeds)
     answers = together(clients, [("push", one, repo_id) for one in folders])
@@ -87,7 +87,7 @@ def to_one_branch(
 
 
 def to_own_branches(server: HubServer, clients: list[Client], folder: Path) -> dict[str, Any]:
-    """Pushes to branches of their own do not disturb each other."""
+    """Check that pushes to branches of their own do not disturb each other."""
     seeds, repo_id = range(FIRST_SEED + 20, FIRST_SEED + 20 + len(clients)), "alice/race-branches"
     server.add(repo_id, {})
     folders = adapters(folder, "branches", seeds)
@@ -111,7 +111,7 @@ def to_own_branches(server: HubServer, clients: list[Client], folder: Path) -> d
 
 
 def into_one_cache(server: HubServer, clients: list[Client], folder: Path) -> dict[str, Any]:
-    """Every pull has the right bytes, and nothing unfinished is left; several times, each into a new cache."""
+    """Check pulls into one cache, a new one each time: the bytes are right, and nothing unfinished is left."""
     wrong: list[str] = []
     answers: list[Answer] = []
     for number in range(PULLS):

@@ -137,7 +137,7 @@ def large(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def bombs() -> bytes:
-    """Return a file whose payloads stand for as many weights as a payload may, in a byte each."""
+    """Return a file whose payloads of one byte stand for as many weights as a payload may."""
     file, weights = File.of(many(sets=BOMBS)), 1 << 28
     one = {"shapes": [[weights]], "kept": [weights], "codings": [{"codec": "logit", "op": "zero"}]}
     digest = bits_digest(bitarray("1", endian="little") * weights)

@@ -52,8 +52,10 @@ PUBLISHED = TrainConfig(**{**RECIPES["source"], "lr": None, "steps": STEPS, "bat
 
 @dataclass(frozen=True)
 class Way:
-    """A row of the table: a baseline of `compare`, its settings, rates to choose from, and on which data sets few
-    labels are tried."""
+    """A row of the table: a baseline of `compare` with its settings and the rates to choose from.
+
+    `few` are the data sets on which few labels are tried.
+    """
 
     baseline: str
     config: TrainConfig = DEFAULT
@@ -80,7 +82,7 @@ def labels(name: str) -> None:
 
 
 def longer() -> None:
-    """Four times the steps on the first data set."""
+    """Run rows with four times the steps on the first data set."""
     for words in LONGER:
         run(FIRST, words, replace(WAYS[words].config, steps=LONG), SHARES[:1])
 
@@ -146,7 +148,7 @@ RULES: dict[str, Settings] = {
 
 
 def starts() -> dict[str, Settings]:
-    """Return the arguments of `load_backbone` by the name of the start, that of MASKPACK_START last."""
+    """Return the arguments of `load_backbone` for each start by name; the one of MASKPACK_START is the last."""
     random = {"weights": None, "random_weights": 0}
     found = {
         "ResNet-20, random": resnet(20, random_start=True),
@@ -161,7 +163,7 @@ def starts() -> dict[str, Settings]:
 
 
 def unlabelled(data: str, steps: int, start: str = LITE, seed: int = 0, **changes: Any) -> Trial:
-    """Return the recorded result of a mask that is trained without labels, or train it; no steps: the raw backbone."""
+    """Return the result of a mask without labels, recorded or trained now; with no steps that of the raw backbone."""
     about = {"data": data, "start": start, "steps": steps, "seed": seed, **changes}
     found: Trial = trial(UNLABELLED, about, partial(without_labels, about))
     return found
@@ -199,7 +201,7 @@ def described(masks: MaskSet) -> dict[str, Any]:
 
 
 def by_share(backbone: Backbone, data: Data, seed: int) -> dict[str, Any]:
-    """Return test accuracies of k-NN and probe by the share of the labels, which are those that `compare` takes."""
+    """Return test accuracies of k-NN and probe by the share of the labels, which are drawn as by `compare`."""
     train, test = disjoint(data)
     test_x, test_y = embed(backbone, test, cache=False)
     found: dict[str, Any] = {measure: {} for measure in MEASURES}
@@ -226,20 +228,20 @@ def chosen(start: str = LITE) -> Settings:
 
 
 def few(name: str) -> None:
-    """Masks without labels on a data set, with three seeds, and the raw backbone with the same labels."""
+    """Train masks without labels on a data set, with three seeds, and measure the raw backbone beside them."""
     for seed in SEEDS:
         unlabelled(name, 0, seed=seed)
         unlabelled(name, LONG, seed=seed, **chosen())
 
 
 def converged() -> None:
-    """Half and twice the steps of the first data set."""
+    """Train masks without labels on the first data set, in half and in twice the steps."""
     for steps in (LONG // 2, 2 * LONG):
         unlabelled(FIRST, steps, **chosen())
 
 
 def cascades() -> None:
-    """Cascades of three experts on the first data set."""
+    """Train cascades of three experts on the first data set."""
     for seed in SEEDS:
         config = replace(VIEWS, **chosen(), seed=seed, epochs=CASCADE_EPOCHS)
         made = partial(cascade, lite0(64), FIRST, config, RUNS / NAME / f"cascade-{seed}")
@@ -247,7 +249,7 @@ def cascades() -> None:
 
 
 def selective() -> None:
-    """Scores of some weights, without labels and with."""
+    """Train masks of which some scores learn, without labels and with."""
     for rule, changes in RULES.items():
         unlabelled(FIRST, SOME_STEPS, **chosen(), **changes)
         trial(f"{NAME}-selective", {"data": FIRST, "rule": rule, "steps": STEPS}, partial(with_labels, changes))
@@ -261,7 +263,7 @@ def with_labels(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_starts() -> None:
-    """Masks without labels from every start, each with a rate and statistics of its own."""
+    """Train masks without labels from every start, each with a rate and statistics of its own."""
     for start in starts():
         unlabelled(FIRST, 0, start)
         unlabelled(FIRST, SOME_STEPS, start, **chosen(start))

@@ -41,7 +41,7 @@ def forgetting(world: World) -> None:
 
 
 def check_forgetting(world: World) -> None:
-    """Check a model whose mask cannot be undone; otherwise as `World.check`."""
+    """Check a model after `forgetting`: it has the whole mask, or is in order as `World.check` says."""
     record = applied(world.model)
     if record is None or not record.complete:
         world.check()
@@ -114,7 +114,7 @@ def masked(world: World) -> None:
 
 
 def check_masked(world: World) -> None:
-    """Check that the model has all weights or none (or was interrupted twice), and can be loaded anew."""
+    """Check that a model has all weights or none after `masked` (or was interrupted twice), and loads anew."""
     without = [tensor.is_meta for tensor in world.model.state_dict().values()]
     if any(without) or (world.twice and applied(world.model) is None):
         assert all(without) or world.twice, "some weights"

@@ -51,7 +51,7 @@ class Fault:
         self.seen, self.raised = 0, False
 
     def step(self) -> None:
-        """Pass one place."""
+        """Count a place, and raise the error if it is the one to fail at."""
         if self.raised:
             if self.then is not None:
                 self.then.step()
@@ -142,7 +142,7 @@ def once(world: World, case: Case, *ways: Any) -> str | None:
 
 
 def every(world: World, case: Case, step: int = 1, first: int = 1) -> tuple[Counter[str], list[str]]:
-    """Let a case fail at every place, or every `step` places from the `first` on; kinds of error take turns.
+    """Let a case fail at every place, or at every `step`-th from the `first` on; kinds of error take turns.
 
     Returns:
         How many failures were injected, by kind of place, and what was wrong afterwards.

@@ -25,7 +25,7 @@ Bits = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of the cross product; `side` is that of the weights, `few` the number of places written at once."""
+    """A network and a kind of adapter; weights have this `side`, and `few` places are written at once."""
 
     op: str = "zero"
     scale: bool = False
@@ -37,7 +37,7 @@ class Setting:
 
 
 def settings() -> list[Setting]:
-    """Return the whole cross product; signs flip and values replace without a scale."""
+    """Return all combinations of settings; masks that flip signs or replace values have no scale."""
     product = itertools.product(OPS, (False, True), DTYPES, (True, False))
     return [Setting(*one) for one in product if one[0] in ("zero", "ternary") or not one[1]]
 
@@ -141,7 +141,7 @@ class World:
         assert same(bits_of(self.model), self.wanted[name]), f"damaged: it is said to be {name}"
 
     def check(self) -> None:
-        """As `check_said`, and raise AssertionError if one more `unload_mask` does not give the base."""
+        """Raise AssertionError if the bits are not those of the adapter on the model, or its undo is not the base."""
         self.check_said()
         if applied(self.model) is not None:
             unload_mask(self.model)

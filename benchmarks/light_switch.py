@@ -60,7 +60,7 @@ class Learner:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings in a trial's line."""
+        """Return the settings in a trial's line."""
         return {name: value for name, value in asdict(self).items() if name != "spread" or value}
 
 
@@ -90,7 +90,7 @@ class Experiment:
 
 
 def three(variant: str = "", label: str = "", **options: Any) -> dict[str, Learner]:
-    """Return the three kinds, named with the label behind them."""
+    """Return a learner of each of the three kinds, by its kind with the label behind it."""
     return {f"{kind}{label}": Learner(kind, variant, **options) for kind in ("gated", "separate", "shared")}
 
 
@@ -297,7 +297,7 @@ def measured(models: Sequence[nn.Module], gates: Gates | None, problem: Problem,
 
 
 def ended(gates: Gates, problem: Problem) -> dict[str, Any]:
-    """Return gates' distance from 0 and 1, their divergence between tasks by layer, and the distance of W from A."""
+    """Return figures of gates: distance from 0 and 1, divergence between tasks by layer, distance of W from A."""
     values = {task: gates.values(task) for task in gates.tasks}
     every = torch.cat([value.flatten() for own in values.values() for value in own.values()])
     pairs = list(combinations(gates.tasks, 2))

@@ -55,7 +55,7 @@ def linear(
     sinusoid: bool = False,
     model: Callable[[], nn.Module] | None = None,
 ) -> Problem:
-    """Return y = (A * mask of the task) x + b * mask of the task, or the sine of it; every step has all rows."""
+    """Return the problem y = (A * mask of the task) x + b * mask of the task, or its sine; every step has all rows."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:

@@ -45,7 +45,7 @@ def rows() -> list[dict[str, str]]:
 
 
 def sft(model: Any, tokenizer: Any, data: list[dict[str, str]]) -> Iterator[Tensor]:
-    """Yield the loss of each step."""
+    """Yield the loss of each step of fine-tuning on answers (SFT)."""
     for step in count():
         own = [data[(step * BATCH + k) % len(data)] for k in range(BATCH)]
         texts = [f"{one['question']}\n{one['answer']}" for one in own]
@@ -60,7 +60,7 @@ def reward(text: str) -> float:
 
 
 def grpo(model: Any, tokenizer: Any, data: list[dict[str, str]]) -> Iterator[Tensor]:
-    """Yield the loss of each step: advantages of sampled answers times their log-probabilities."""
+    """Yield the loss of each step of GRPO: advantages of sampled answers times their log-probabilities."""
     for step in count():
         losses = []
         for k in range(QUESTIONS):

@@ -64,7 +64,7 @@ def merge(model: nn.Module, folder: Path) -> None:
 
 
 def loading(subject: Subject, model: nn.Module, folder: Path, clock: Clock) -> dict[str, Any]:
-    """Verify, decode, apply; PEFT's load and merge; a full checkpoint: medians of rounds in which each has its turn."""
+    """Time the load of an adapter by stages, PEFT's load and merge, and a full checkpoint's: medians, by turns."""
     from safetensors.torch import load_file, save_file
 
     path, lora, full = folder / ADAPTERS[0], folder / f"lora-{ADAPTERS[0]}", folder / "full.safetensors"
@@ -102,7 +102,7 @@ def loading(subject: Subject, model: nn.Module, folder: Path, clock: Clock) -> d
 
 
 def switching(subject: Subject, model: nn.Module, folder: Path, clock: Clock, inputs: Any) -> dict[str, Any]:
-    """Switches of a bank, of PEFT, of dense copies; forward passes; mixed batches."""
+    """Time switches of a bank, of PEFT and of dense copies, forward passes, and mixed batches."""
     import peft
     from peft.utils.hotswap import hotswap_adapter
 
@@ -153,7 +153,7 @@ def switching(subject: Subject, model: nn.Module, folder: Path, clock: Clock, in
 
 
 def residents(model: nn.Module, folder: Path) -> dict[str, int]:
-    """Bytes that a bank takes for 1, 10 and 100 adapters, of which two were used."""
+    """Return the bytes that a bank takes for 1, 10 and 100 adapters, of which two were used."""
     found = {}
     first, second = (load_adapter(folder / name).parts().masks for name in ADAPTERS)
     with MaskBank(model) as bank:
@@ -168,7 +168,7 @@ def residents(model: nn.Module, folder: Path) -> dict[str, int]:
 
 
 def step(subject: Subject, kind: str, examples: int, device: str) -> dict[str, float]:
-    """A training step of the masks or of the same weights, by Adam: seconds and peak memory, in this process."""
+    """Measure a step of Adam on masks or on the same weights: seconds and peak memory, in this process."""
     from maskpack.training import attach_scores
 
     torch.manual_seed(0)

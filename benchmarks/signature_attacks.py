@@ -86,7 +86,7 @@ Attack = Callable[[World, random.Random], Files]
 
 
 def bit(name: str) -> Attack:
-    """One bit of a file."""
+    """Return an attack that flips one bit of a file."""
 
     def attack(world: World, chance: random.Random) -> Files:
         content = bytearray(world.files[name])
@@ -97,7 +97,7 @@ def bit(name: str) -> Attack:
 
 
 def stretch(name: str) -> Attack:
-    """A stretch of a file that is cut out, repeated, overwritten or cut off."""
+    """Return an attack that cuts out, repeats, overwrites or cuts off a stretch of a file."""
 
     def attack(world: World, chance: random.Random) -> Files:
         content = world.files[name]
@@ -111,19 +111,19 @@ def stretch(name: str) -> Attack:
 
 
 def whole(world: World, chance: random.Random) -> Files:
-    """Another adapter under this signature, or this one under another's, by the same key."""
+    """Put another adapter under this signature, or this one under another's, by the same key."""
     other, name = chance.choice(world.others), world.signature
     return chance.choice([other | {name: world.files[name]}, world.files | {name: other[name]}])
 
 
 def mixed(world: World, chance: random.Random) -> Files:
-    """Model or config of another adapter of the same key."""
+    """Take the model or the config of another adapter of the same key."""
     name = chance.choice([MODEL, CONFIG])
     return world.files | {name: chance.choice(world.others)[name]}
 
 
 def another_key(world: World, chance: random.Random) -> Files:
-    """A whole adapter, signed by another key; every second one names the trusted key."""
+    """Sign the whole adapter by another key; every second one names the trusted key."""
     from maskpack.adapter.signature import Envelope
 
     found = chance.choice(world.strangers)
@@ -135,7 +135,7 @@ def another_key(world: World, chance: random.Random) -> Files:
 
 
 def confused(world: World, chance: random.Random) -> Files:
-    """A whole adapter whose signature names the trusted key and is by a key of the other algorithm, or random bytes."""
+    """Name the trusted key in a signature by a key of the other algorithm, or in random bytes."""
     from maskpack.adapter.signature import Envelope, pae, signature_of
 
     found = chance.choice(world.strangers)
@@ -146,7 +146,7 @@ def confused(world: World, chance: random.Random) -> Files:
 
 
 def statement(world: World, chance: random.Random) -> Files:
-    """A statement that was changed to fit: counter, repository, digests, types; the signature is of the old one."""
+    """Change the statement (counter, repository, digests, types), and keep the signature of the old one."""
     from blake3 import blake3
 
     found = chance.choice(world.strangers)
@@ -170,7 +170,7 @@ def statement(world: World, chance: random.Random) -> Files:
 
 
 def forms(world: World, chance: random.Random) -> Files:
-    """Another envelope of the same statement and signature: members twice or more, white space, other base64."""
+    """Write the same statement and signature in another envelope: repeated members, white space, other base64."""
     text = world.files[SIGNATURE]
     envelope = json.loads(text)
     at = chance.randrange(1, len(text))
@@ -191,12 +191,12 @@ def forms(world: World, chance: random.Random) -> Files:
 
 
 def another_identity(world: World, chance: random.Random) -> Files:
-    """A whole adapter, signed by another identity, or by the same name that other servers vouch for."""
+    """Sign the whole adapter by another identity, or by the same name that other servers vouch for."""
     return chance.choice(world.strangers)
 
 
 def statement_in_bundle(world: World, chance: random.Random) -> Files:
-    """A bundle whose statement, signature, certificate or log entry is another one's."""
+    """Put another bundle's statement, signature, certificate or log entry into the bundle."""
     bundle, other = (json.loads(one[BUNDLE]) for one in (world.files, chance.choice(world.strangers)))
     envelope, material = bundle["dsseEnvelope"], bundle["verificationMaterial"]
     (entry,) = material["tlogEntries"]
@@ -224,7 +224,7 @@ def statement_in_bundle(world: World, chance: random.Random) -> Files:
 
 
 def set_of_files(world: World, chance: random.Random) -> Files:
-    """The signature or the config removed, or a file added under a name of the format's."""
+    """Remove the signature or the config, or add a file under a name of the format's."""
     files = dict(world.files)
     name = chance.choice([world.signature, CONFIG, "maskpack_"])
     if name == "maskpack_":
@@ -234,7 +234,7 @@ def set_of_files(world: World, chance: random.Random) -> Files:
 
 
 def card(world: World, chance: random.Random) -> Files:
-    """Another card, and files that are none of an adapter's: these are to be accepted."""
+    """Change the card, and add files that are none of an adapter's: these are to be accepted."""
     return world.files | {CARD: chance.randbytes(chance.randrange(300)), "notes.txt": chance.randbytes(9)}
 
 

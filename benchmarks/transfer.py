@@ -182,7 +182,7 @@ def run(domain: str) -> None:
 
 
 def adapted(seed: int) -> None:
-    """All pairs once more, with statistics that adapt to the target."""
+    """Carry networks between all pairs once more, with statistics that adapt to the target."""
     for domain in PACS:
         source = Source(domain, seed)
         source.plain(targets(domain), statistics="adapt")
@@ -191,7 +191,7 @@ def adapted(seed: int) -> None:
 
 
 def more(seed: int) -> None:
-    """All pairs with more masks."""
+    """Carry networks between all pairs with more masks."""
     for domain in PACS:
         source = Source(domain, seed)
         for method in MORE:
@@ -199,7 +199,7 @@ def more(seed: int) -> None:
 
 
 def thresholds(seed: int) -> None:
-    """Masks with other thresholds, on one target for each source."""
+    """Carry networks with masks of other thresholds, one target for each source."""
     for domain in PACS:
         source = Source(domain, seed)
         for method in THRESHOLDS:
@@ -207,7 +207,7 @@ def thresholds(seed: int) -> None:
 
 
 def xray(seed: int) -> None:
-    """A target of other classes that is like none of the sources."""
+    """Carry networks to chest X-rays, a target of other classes that is like none of the sources."""
     for domain, statistics in product(XRAY_SOURCES, ("freeze", "adapt")):
         source = Source(domain, seed)
         about: dict[str, Any] = {"statistics": "adapt"} if statistics == "adapt" else {}

@@ -120,7 +120,7 @@ def combine(
 
 
 def operation(how: str, count: int, weights: Sequence[float] | None = None, k: int | None = None) -> Join:
-    """Return what makes the bits of one mask from those of `count` masks; arguments and errors as of `combine`."""
+    """Return the function that makes one mask's bits from those of `count`; arguments and errors as of `combine`."""
     if how not in OPERATIONS:
         raise UnknownNameError(f"unknown operation {how!r}; known: {', '.join(OPERATIONS)}")
     exactly = {"not": 1, "difference": 2}.get(how)

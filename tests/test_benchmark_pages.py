@@ -185,7 +185,8 @@ def test_tasks_in_a_row(tmp_path: Path) -> None:
     tuned = [{"task": name, "accuracy": 0.9, "end": 0.1 * at} for at, name in enumerate(many_tasks.TASKS)]
     measured.record("many-tasks", {"way": "fine-tuned", "seed": 0}, tuned)
     ways = {way: {"accuracy": 0.5} for way in many_tasks.WAYS}
-    measured.record("many-tasks-unseen", {"domain": "photo", "seed": 0}, {"single": {"a": 0.2, "b": 0.4}, **ways})
+    about = {"way": "unseen", "domain": "photo", "seed": 0}
+    measured.record("many-tasks", about, {"single": {"a": 0.2, "b": 0.4}, **ways})
     many_tasks.write_pages(written)
     text = written.read_text()
     for row in (

@@ -67,7 +67,7 @@ def base_weight(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]
 
 
 def coded_weight(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    """As `base_weight`, in a dtype that still tells which classes the weights had: a mask is coded with them."""
+    """Return the base's weights that a mask is coded with, as `base_weight`; they must be float32 or bfloat16."""
     weight = base_weight(weights, name, shape)
     if not tells_classes(weight):
         raise BackboneMismatchError(

@@ -311,9 +311,10 @@ def base_to_json(base: Fingerprint) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the file says beside its tensors; `cascade` is a JSON object. `base.tensors` is empty: it is a tensor.
+    """The index of an adapter file: its mask sets, its base and what is known about it.
 
-    `tensors` has dtype and shape, by name, of those that do not follow from the masks.
+    `cascade` is a JSON object. `tensors` has dtype and shape, by name, of those that do not follow from the masks;
+    `base.tensors` is empty, since those digests are a tensor of the file.
     """
 
     producer: str

@@ -178,7 +178,7 @@ STATEMENT = {"predicate": record(PREDICATE), "subject": items(record(SUBJECT))}
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """What a signature vouches for.
+    """The statement that is signed: digests of an adapter's files, its masks, its base, its repository and version.
 
     Attributes:
         files: bytes and hex digest of the model file and, if there is one, of the config file, by name.
