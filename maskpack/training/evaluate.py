@@ -99,7 +99,7 @@ def adapter_logits(
         outputs, labels = zip(*((together.logits(inputs), y) for inputs, y in batches), strict=True)
         return torch.cat(outputs), torch.cat(labels)
     head = None if stored is None else adapter.parts(stream=True).head
-    return Supervised.logits(backbone, examples, head, batch_size)
+    return Supervised.outputs(backbone, examples, head, batch_size)
 
 
 def held_out_accuracy(backbone: Backbone, data: Data, batch_size: int = 64) -> float | None:
