@@ -13,6 +13,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maskpack.codecs import native
 from maskpack.codecs.base import CODECS, PROFILES, Bits, Codec, Side, words_of
 from maskpack.codecs.choose import _hopeless, rivals, smallest
 from maskpack.codecs.classes import weight_classes
@@ -227,6 +228,14 @@ class TestClasses:
         signs = np.array([0, 1, 0, 1, 0, 0, 1, 0]) * 128
         assert weight_classes(bits).tolist() == (np.array([16, 16, 48, 48, 72, 112, 88, 112]) + signs).tolist()
         assert weight_classes(bits[:0]).size == 0
+
+
+@pytest.mark.parametrize("density", [0.0, 0.0005, 0.02, 0.7])
+def test_gaps_are_the_same_without_the_library(density: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    bits = np.packbits(np.random.default_rng(3).random(70_003) < density, bitorder="little")
+    payload = CODECS["gap"]().encode(bits, Side((70_003,)))
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert CODECS["gap"]().encode(bits, Side((70_003,))) == payload
 
 
 @pytest.mark.parametrize("kind", ["logit", "zstd", "gap"])

@@ -114,15 +114,19 @@ def test_many_lanes(compiled: ctypes.CDLL, shape: tuple[int, ...], base: bool, m
 
 
 @pytest.mark.parametrize("density", [0.2, 0.97])
-def test_a_fit_to_a_part_takes_hardly_more_bytes(
-    compiled: ctypes.CDLL, density: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize("referenced", [False, True])
+def test_a_fit_to_cells_takes_hardly_more_bytes(
+    compiled: ctypes.CDLL, density: float, base: bool, referenced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bits, side = made((512, 640), density, 2, True, False)
+    bits, side = made((512, 640), density, 2, base, referenced)
     side = replace(side, lean=False)
-    part = with_library(compiled, lambda: logit.encode(bits, side, True))
-    assert with_library(None, lambda: logit.encode(bits, side, True)) == part
-    monkeypatch.setattr(logit_fit, "LEAST_SHARE", 1)
-    assert len(part) < 1.015 * len(with_library(compiled, lambda: logit.encode(bits, side, True)))
+    cells = with_library(compiled, lambda: logit.encode(bits, side, base))
+    assert with_library(None, lambda: logit.encode(bits, side, base)) == cells
+    monkeypatch.setattr(logit_fit, "CELLS", 1 << 30)
+    assert len(cells) < (1.06 if referenced else 1.003) * len(
+        with_library(compiled, lambda: logit.encode(bits, side, base))
+    )
 
 
 def test_a_large_mask_without_structure(compiled: ctypes.CDLL) -> None:

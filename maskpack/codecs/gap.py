@@ -1,11 +1,13 @@
 """Gaps between the rarer bits, as bytes in a zstandard frame: quick, for masks that are nearly all ones or zeros."""
 
+from ctypes import c_int64
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 
 from ..errors import CorruptAdapterError
+from . import native
 from .base import (
     CHUNK,
     CODECS,
@@ -37,6 +39,10 @@ class Gap(Codec):
 
     def encode(self, bits: Bits, side: Side) -> bytes:
         symbol, where = rarer(bits, side.count)
+        if (library := native.library()) is not None and where.dtype == np.int32:
+            steps = np.empty(where.size + side.count // FAR, dtype=np.uint8)
+            number = library.maskpack_gaps(c_int64(where.size), native.pointer(where), native.pointer(steps))
+            return bytes([symbol]) + to_frame(steps[:number].tobytes(), 1)
         gaps, made = distances(where), list[bytes]()
         for start in range(0, gaps.size, CHUNK):
             own = gaps[start : start + CHUNK]

@@ -60,10 +60,13 @@ class Tables(NamedTuple):
     wide: tuple[NDArray[np.int64], NDArray[np.int64]]
     lists: tuple[list[int], list[int]]
 
-    def pointers(self) -> native.Tables:
-        """Return what compiled loops take."""
-        arrays: list[NDArray[Any]] = [self.hazard, self.survival, self.reach, self.first]
-        return native.Tables(*map(native.address, arrays))
+
+@cache
+def pointers() -> native.Tables:
+    """Return the constant tables that compiled loops take."""
+    own = tables()
+    arrays: list[NDArray[Any]] = [own.hazard, own.survival, own.reach, own.first]
+    return native.Tables(*map(native.address, arrays))
 
 
 @cache

@@ -30,7 +30,7 @@ from .base import (
     varint,
     words_of,
 )
-from .lanes import LEVELS, STRIDE, Lanes, hazards_of, symbols, tables, words
+from .lanes import LEVELS, STRIDE, Lanes, hazards_of, pointers, symbols, tables, words
 from .logit_fit import Fitted, fitted
 from .logit_model import (
     GROUP,
@@ -167,7 +167,7 @@ def decode(data: Bytes, side: Side, base: bool) -> Bits:
         payload = np.frombuffer(data, dtype=np.uint8)
         bits, symbol = np.zeros(side.size, dtype=np.uint8), int(payload[0]) & 1 if payload.size else 0
         given, events = given_of(side, base), (native.pointer(payload), c_int64(payload.size), native.pointer(bits))
-        done = compiled.maskpack_decode(byref(tables().pointers()), byref(given), *events)
+        done = compiled.maskpack_decode(byref(pointers()), byref(given), *events)
         if done < 0:
             raise MemoryError
         if not done:
@@ -329,7 +329,7 @@ def _compiled(
     """Return the words of all lanes, and how many each has, by the compiled loops."""
     given, values, lengths = given_of(side, base), found.coefficients(), np.zeros(count, dtype=np.int64)
     arrays = [native.pointer(own) for own in (values, events, lengths)]
-    pieces = byref(tables().pointers()), byref(given), head, c_int64(len(head))
+    pieces = byref(pointers()), byref(given), head, c_int64(len(head))
     where = compiled.maskpack_encode(*pieces, *arrays)
     if not where:
         raise MemoryError

@@ -7,7 +7,7 @@ bytes on every machine, whatever its libraries and threads.
 import ctypes
 import math
 from collections.abc import Mapping, Sequence
-from ctypes import byref, c_double, c_int32, c_int64, c_void_p
+from ctypes import byref, c_double, c_int64, c_void_p
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from .logit_model import (
     OTHER,
     SAME,
     STEPS,
+    Cells,
     Grid,
     Ints,
     Known,
@@ -51,8 +52,8 @@ TRIED = (1, 2, 3, 5, 7, 9, 11, 12, 13)  # numbers of steps
 LEAN_STEPS = (7, 9, 11, 12, 13)
 ARRAYS = ("row", "input", "position", "before", "magnitude", "reference")
 BINS = {"before": SAME * OTHER, "magnitude": CLASSES, "reference": 2}
-LOOKED_AT, LEAST_SHARE, MOST_SHARE = 1 << 15, 16, 8  # weights; a part has at least a 16th of all, and mostly an 8th
-RAREST, TURN = 6, 7  # a weight of 2^6 of a class is looked at; from one row to the next they are 7 columns apart
+CELLS, LEAST_CELLS = 1 << 16, 64  # weights, and rows and inputs, from which cells are summed up and not weights
+SPREAD, BIN, FINER = 32, 32, 8  # of coefficients: bins to either side, 1/NAT in each; bits that averages have more
 FINE, BIG = 1 << 15, 1 << 20  # probes, and what is made of images, are integers of about and at most this size
 
 
@@ -133,27 +134,12 @@ class Sums(NamedTuple):
     arrays: dict[str, Floats]
 
 
-class Part(NamedTuple):
-    """A sample of the weights of a matrix, by rising position, which stands for all of them in the fit.
-
-    Attributes:
-        columns: of each. ends: how many there are before each row, and in all.
-        shifts: of each class of magnitude: one weight of 2^shift is looked at.
-        classes: of each, for compiled loops.
-    """
-
-    columns: Ints
-    ends: Longs
-    shifts: Bits
-    classes: Bits | None = None
-
-
 class Fit:
     """Coefficients that are no integers yet, and the events that they are fitted to.
 
     Attributes:
         values: of each array, in nats. left, right: (rows, rank) and (rank, inputs).
-        part: the weights whose odds are looked at; None: all. Events, which are chance, are counted in all.
+        cells: that odds are summed up over, as if rows and inputs were independent; None: over single weights.
     """
 
     def __init__(self, grid: Grid, known: Known, bits: Bits):
@@ -173,34 +159,8 @@ class Fit:
         if known.reference is not None:
             self.index["reference"] = known.reference
         self.signs = known.classes
-        self.part = self._part() if grid.positions == 1 else None
-
-    def _part(self) -> Part | None:
-        """Return the weights to look at: more of those classes that have more events; None if these are all."""
-        rows, inputs, _ = self.grid
-        share = min(rows * inputs // LOOKED_AT, rows // 32, inputs // 32, LEAST_SHARE)
-        if share < 2:
-            return None
-        shifts, least = np.zeros(CLASSES, dtype=np.uint8), share.bit_length() - 1
-        if "magnitude" in self.index:
-            counts = self.counts["magnitude"]
-            shifts[:] = [min(int(counts.max() // max(count, 1)).bit_length() - 1, RAREST) for count in counts.tolist()]
-            most = max(1 / MOST_SHARE, 1 / (1 << least))
-            while (0.5**shifts).mean() > most:
-                shifts = np.minimum(shifts + 1, RAREST).astype(np.uint8)
-        else:
-            shifts += np.uint8(least)
-        classes, masks = self.index.get("magnitude"), (1 << shifts.astype(np.int32)) - 1
-        columns, ends = np.empty(rows * inputs, dtype=np.int32), np.zeros(rows + 1, dtype=np.int64)
-        if (compiled := native.library()) is not None:
-            found = np.empty(rows * inputs, dtype=np.uint8)
-            given = (native.pointer(one) for one in (classes, masks, columns, ends, found))
-            compiled.maskpack_part(c_int64(rows), c_int64(inputs), c_int32(TURN), *given)
-            return Part(columns[: ends[-1]].copy(), ends, shifts, found[: ends[-1]].copy())
-        turned = np.arange(inputs, dtype=np.int32) + TURN * np.arange(rows, dtype=np.int32)[:, None]
-        at = np.flatnonzero(turned & (masks[0] if classes is None else masks[classes[0]]) == 0)
-        ends[1:] = np.cumsum(np.bincount(at // inputs, minlength=rows))
-        return Part((at % inputs).astype(np.int32), ends, shifts)
+        large = grid.positions == 1 and grid.units >= CELLS and min(grid[:2]) >= LEAST_CELLS
+        self.cells = Cells.of(grid, self.index.get("magnitude"), self.index.get("reference")) if large else None
 
     @cached_property
     def events(self) -> Bits:
@@ -234,17 +194,19 @@ class Fit:
         compiled = native.library()
         if compiled is None:
             none = Probes.of(self.grid)
-            if self.part is None:
+            if self.cells is None:
                 self._numpy_sums(whole, left, right, total, found, residuals or none, variances or none)
             else:
-                self._numpy_sums_of_part(self.part, whole, total, found)
+                self._numpy_sums_of_cells(self.cells, whole, total, found)
         else:
             probes = (native.Probes() if one is None else one.native() for one in (residuals, variances))
             fit, sums = self.native(whole, left, right, *probes), _addresses(found)
             held = np.empty(4 * self.grid.inputs, dtype=np.int32)
-            sum_up = compiled.maskpack_sums if self.part is None else compiled.maskpack_sums_of_part
-            sum_up(byref(fit), native.pointer(total), sums, native.pointer(held))
-        if self.part is not None:  # what was summed up are p, not what they leave of the events
+            if self.cells is None:
+                compiled.maskpack_sums(byref(fit), native.pointer(total), sums, native.pointer(held))
+            else:
+                compiled.maskpack_sums_of_cells(byref(fit), native.pointer(total), sums)
+        if self.cells is not None:  # what was summed up are p, not what they leave of the events
             total[0] = ONE * self.number - total[0]
             for name, own in found.items():
                 own[0] = ONE * self.counts[name] - own[0]
@@ -256,7 +218,8 @@ class Fit:
     def native(self, whole: Mapping[str, Ints], left: Ints, right: Ints, *probes: native.Probes) -> native.Fit:
         """Return what compiled loops take; `whole`: coefficients in 1/NAT."""
         given = left, right, self.signs, _curve()
-        looked = *map(native.address, self.part or [None] * 4), None if self.part else native.address(self.events)
+        kinds, by_row, by_input = self.cells or (0, None, None)
+        looked = kinds, *map(native.address, (by_row, by_input, None if self.cells else self.events))
         arrays = round(NAT * self.offset), *looked, _addresses(self.index), _addresses(whole)
         return native.Fit(*self.grid, left.shape[1], *arrays, *map(native.address, given), *probes)
 
@@ -298,22 +261,28 @@ class Fit:
                 residuals.add(own, residual[0] * signs)
                 variances.add(own, variance[0])
 
-    def _numpy_sums_of_part(
-        self, part: Part, whole: Mapping[str, Ints], total: Longs, found: Mapping[str, Longs]
+    def _numpy_sums_of_cells(
+        self, cells: Cells, whole: Mapping[str, Ints], total: Longs, found: Mapping[str, Longs]
     ) -> None:
-        """Add up p and p (1 - p) of a part of the weights, by numpy."""
-        rows = np.repeat(np.arange(self.grid.rows), np.diff(part.ends))
-        places = rows * self.grid.inputs + part.columns
-        of: dict[str, NDArray[Any]] = {"row": rows, "input": part.columns}
-        of |= {name: own.reshape(-1)[places] for name, own in self.index.items()}
-        offsets = np.full(places.size, round(NAT * self.offset), dtype=np.int64)
-        at = sum((array[of[name]] for name, array in whole.items()), offsets)
-        both = _curve()[np.clip((at + 4 >> 3) + EXTREME * PARTS, 0, 2 * EXTREME * PARTS)].astype(np.int64)
-        shifts = part.shifts[of["magnitude"] if "magnitude" in of else 0]
-        for turn, weights in enumerate((both >> 16 << shifts, (both & 0xFFFF) << shifts)):
-            total[turn] += weights.sum()
-            for name, sums in found.items():
-                sums[turn] += np.bincount(of[name], weights, sums.shape[1]).astype(np.int64)
+        """Add up p and p (1 - p) of all weights from cells, by numpy."""
+        classes, sides = CLASSES if "magnitude" in self.index else 1, (("row", cells.by_row), ("input", cells.by_input))
+        kinds = np.tile(whole.get("magnitude", np.zeros(classes, np.int32)), cells.kinds // classes)
+        kinds += np.repeat(whole.get("reference", np.zeros(2, np.int32))[: cells.kinds // classes], classes)
+        for (side, have), (other, _), others in zip(sides, sides[::-1], self.grid[1::-1], strict=False):
+            if side == "input" and side not in found:
+                continue
+            own = whole.get(side, np.zeros(self.sizes[side], np.int32))
+            at = (round(NAT * self.offset) + own[:, None] + kinds + 4 >> 3) + EXTREME * PARTS
+            for turn, curve in enumerate(_smoothed(whole.get(other), others)):
+                sums = curve[np.clip(at, 0, 2 * EXTREME * PARTS)] * (others if have is None else have)
+                if side in found:
+                    found[side][turn] = _whole(sums.sum(1))
+                if side == "row":
+                    total[turn] = _whole(sums.sum())
+                    of_kinds = sums.sum(0).reshape(-1, classes)
+                    for name, axis in (("magnitude", 0), ("reference", 1)):
+                        if name in found:
+                            found[name][turn] = _whole(of_kinds.sum(axis))
 
     def better(self, names: Sequence[str], priors: Mapping[str, float] = PRIORS) -> Sums:
         """Improve the offset, and the coefficients of arrays that hardly depend on each other, by Newton's step."""
@@ -342,7 +311,7 @@ class Fit:
             step_of = np.clip(moved, -BOLDEST, BOLDEST)
             self.left_over += float(_exact(curvatures * np.square(moved - step_of)).sum())
             self.values[name] = _exact(self.values[name] + step_of)
-            noise = np.square(curvatures / (curvatures + prior)) * (EDGE if self.part else 0)
+            noise = np.square(curvatures / (curvatures + prior)) * (EDGE if self.cells else 0)
             self.worth[name] = float(_exact(curvatures * np.square(self.values[name]) - noise).sum()) / (
                 2 * math.log(2)
             )
@@ -432,16 +401,16 @@ def fitted(grid: Grid, known: Known, bits: Bits, lean: bool = True) -> Fitted:
     fit, chosen, lean = Fit(grid, known, bits), dict[str, Rounded](), lean and may_lean(grid, known.classes is not None)
     if (compiled := native.library()) is not None and not lean:
         return assembled(fit, _chosen(compiled, fit))
-    if fit.part:
+    if fit.cells:
         fit.start()
     for number in range(ROUNDS):
-        fit.better_all(TOGETHER if fit.part is None else (ARRAYS,))
-        if fit.part is not None and fit.left_over < 8 * LEAST_WORTH:
+        fit.better_all(TOGETHER if fit.cells is None else (ARRAYS,))
+        if fit.cells is not None and fit.left_over < 8 * LEAST_WORTH:
             fit.forget()
             break
         if number == 1:
             fit.forget()
-    part, fit.part = fit.part, None
+    cells, fit.cells = fit.cells, None
     if lean:
         fit.search()
     if len(fit.right):
@@ -453,13 +422,13 @@ def fitted(grid: Grid, known: Known, bits: Bits, lean: bool = True) -> Fitted:
         fit.balance()
         chosen |= fit.round_lean()
         fit.better_all()
-    fit.part = None if len(fit.right) else part
+    fit.cells = None if len(fit.right) else cells
     for name in ("magnitude", "before", "position", "reference", "input", "row"):
         if name in fit.values:
             (_, curvatures) = fit.better([name], dict.fromkeys(PRIORS, LAST_PRIOR)).arrays[name]
             chosen[name] = rounded(fit.values[name], curvatures, TRIED, name == "magnitude")
             fit.values[name] = chosen[name].nats(name == "magnitude")
-    for _ in range(1 if fit.part else 2):
+    for _ in range(1 if fit.cells else 2):
         fit.better(())
     return assembled(fit, chosen)
 
@@ -468,7 +437,7 @@ def _chosen(compiled: ctypes.CDLL, fit: Fit) -> dict[str, Rounded]:
     """Return what `fitted` chooses without a low rank, by the compiled loops, which leave the offset with the fit."""
     integers = {name: np.zeros(own.size, dtype=np.int32) for name, own in fit.values.items()}
     given = fit.native({}, _integers(NAT * fit.left), _integers(NAT * fit.right), native.Probes(), native.Probes())
-    sizes, counts = (fit.sizes[name] for name in ARRAYS), _addresses(fit.counts if fit.part else {})
+    sizes, counts = (fit.sizes[name] for name in ARRAYS), _addresses(fit.counts if fit.cells else {})
     arrays = native.address(_prices()), fit.offset, 0.0, _addresses(fit.values)
     own = native.Fitting(given, fit.number, (c_int64 * len(ARRAYS))(*sizes), counts, *arrays)
     own.integers = _addresses(integers)
@@ -586,6 +555,20 @@ def _curve() -> Ints:
     odds = np.arange(-EXTREME * PARTS, EXTREME * PARTS + 1) / PARTS
     p = np.clip(np.rint(ONE / (1 + np.exp(-odds))), 1, ONE - 1)
     return _integers(65536 * p + np.rint(p * (ONE - p) / ONE))
+
+
+def _smoothed(other: Ints | None, count: int) -> Longs:
+    """Return `_curve`, p and p (1 - p) in 2^-FINER / ONE, on the average over the other side's coefficients."""
+    places = np.zeros(1, np.int32) if other is None else np.clip(other + BIN // 2 >> 5, -SPREAD, SPREAD)
+    found, at = np.zeros((2, _curve().size), dtype=np.int64), np.arange(_curve().size)
+    for place, number in zip(*np.unique(places, return_counts=True), strict=True):
+        both = _curve()[np.clip(at + BIN // 8 * place, 0, at[-1])].astype(np.int64)
+        found += np.stack([both >> 16, both & 0xFFFF]) * (count if other is None else number)
+    return np.asarray((found << FINER) // count, dtype=np.int64)
+
+
+def _whole(sums: Any) -> Any:
+    return sums + (1 << FINER - 1) >> FINER
 
 
 @cache

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from ctypes import c_int64
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import native
 from .base import Bits, Numbers, Side, matrix_shape
 from .classes import weight_classes, weight_signs
 from .lanes import LEVELS
@@ -61,6 +63,39 @@ class Known(NamedTuple):
             classes = weight_classes(side.base, CLASSES, side.ranks) if magnitudes else weight_signs(side.base)
         unpacked = None if bits is None else np.unpackbits(bits, count=side.count, bitorder="little")
         return cls(*(None if own is None else by_position(own, grid) for own in (classes, unpacked)))
+
+
+class Cells(NamedTuple):
+    """How many weights of each kind each row and each input has; a kind is a class and a bit in the reference.
+
+    Attributes:
+        kinds: number of kinds. by_row: (rows, kinds). by_input: (inputs, kinds). None where there is one kind.
+    """
+
+    kinds: int
+    by_row: Ints | None = None
+    by_input: Ints | None = None
+
+    @classmethod
+    def of(cls, grid: Grid, classes: Bits | None, reference: Bits | None) -> "Cells":
+        """Count the weights of a parameter without kernels, of which classes, without signs, and bits are known."""
+        kind = classes if reference is None else reference
+        kinds = (1 if classes is None else CLASSES) * (1 if reference is None else 2)
+        if kind is None:
+            return cls(kinds)
+        if classes is not None and reference is not None:
+            kind = classes + np.uint8(CLASSES) * reference
+        found = cls(kinds, np.zeros((grid.rows, kinds), np.int32), np.zeros((grid.inputs, kinds), np.int32))
+        if (compiled := native.library()) is not None:
+            pointers = (native.pointer(one) for one in (kind, *found[1:]))
+            if not compiled.maskpack_cells(*map(c_int64, (*grid[:2], kinds)), *pointers):
+                raise MemoryError
+            return found
+        flat, rows = kind.reshape(-1).astype(np.int64), np.arange(grid.units) // grid.inputs
+        for own, array in ((rows, found.by_row), (np.arange(grid.units) % grid.inputs, found.by_input)):
+            assert array is not None
+            array += np.bincount(kinds * own + flat, minlength=array.size).reshape(array.shape).astype(np.int32)
+        return found
 
 
 def by_position(flat: Bits, grid: Grid) -> Bits:

@@ -5,7 +5,6 @@ weights alike. So there is a table of sizes for each of up to 16 exponents; the 
 of a size, is noise and stands in bits as it is.
 """
 
-import itertools
 from collections.abc import Sized
 from ctypes import byref, c_int32, c_int64
 from typing import TYPE_CHECKING, NamedTuple
@@ -47,7 +46,7 @@ FLOATS = (Float("F32", 23, np.uint32), Float("BF16", 7, np.uint16), Float("F16",
 BOUNDS = np.sqrt(WEIGHTS[1:-1] * WEIGHTS[2:])
 # bits of a symbol with so many slots, whose sums are exact
 LOGS = np.rint(65536 * (SLOT_BITS - np.log2(np.maximum(np.arange(SLOTS + 1), 1)))) / 65536
-HALVES = np.stack([np.arange(256) & 15, np.arange(256) >> 4], 1).astype(np.uint8)  # of each byte
+HALVES = [bytes([byte & 15, byte >> 4]) for byte in range(256)]
 Tables = NDArray[np.uint8]  # (contexts, BUCKETS): of each context the number of the weight of each bucket
 
 
@@ -162,10 +161,10 @@ def encode(name: str, base: Words, values: Words) -> bytes:
         top, tables = _chosen(counts)
         words, bits = _encoded(kind, base, values, top, _entries(tables))
     head = bytearray([number, top, len(tables)])
-    for row in tables.tolist():
-        table = row[: max(bucket for bucket, number in enumerate(row, 1) if number)]
-        halves = [len(table) >> 4, len(table) & 15, *table, 0]
-        head += bytes(one | other << 4 for one, other in itertools.pairwise(halves[: len(halves) // 2 * 2]))[::2]
+    for row in tables:
+        table = row.tobytes().rstrip(b"\0")
+        halves = bytes([len(table) >> 4, len(table) & 15]) + table + b"\0"
+        head += bytes([one | other << 4 for one, other in zip(halves[::2], halves[1::2], strict=False)])
     return bytes(head) + varint(bits.size) + bits.tobytes() + words.astype("<u2").tobytes()
 
 
@@ -283,10 +282,10 @@ def _read_tables(reader: Reader) -> Tables:
         size = (first & 15) << 4 | first >> 4
         if not 1 <= size <= BUCKETS:
             raise CorruptAdapterError(f"a table of stored values has {size} buckets, expected 1 to {BUCKETS}")
-        halves = HALVES[reader.take((size + 1) // 2)].reshape(-1)
-        if not halves[:size].any() or halves[size:].any():
+        halves = b"".join([HALVES[byte] for byte in reader.take((size + 1) // 2).tobytes()])
+        if not any(halves[:size]) or any(halves[size:]):
             raise CorruptAdapterError("a table of stored values is empty, or does not end where it says")
-        table[:size] = halves[:size]
+        table[:size] = np.frombuffer(halves, np.uint8, size)
     return found
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .build import SUFFIX
 
-VERSION = 11  # of the loops
+VERSION = 14  # of the loops
 LARGE = 1 << 18  # weights from which it is worth a word that there is no library
 ARRAYS = 6
 
@@ -34,7 +34,8 @@ class Probes(Structure):
 class Fit(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("rows", "inputs", "positions", "rank", "offset")),
-        *((name, c_void_p) for name in ("columns", "ends", "shifts", "classes", "events")),
+        ("kinds", c_int64),
+        *((name, c_void_p) for name in ("by_row", "by_input", "events")),
         *(("index", c_void_p * ARRAYS), ("array", c_void_p * ARRAYS)),
         *((name, c_void_p) for name in ("left", "right", "signs", "curve")),
         *(("residuals", Probes), ("variances", Probes)),
@@ -81,7 +82,8 @@ def opened(path: Path) -> ctypes.CDLL | None:
         found.maskpack_loops.restype, found.maskpack_encode.restype = c_int64, c_void_p
         found.maskpack_decode.restype = found.maskpack_classes.restype = found.maskpack_ranks.restype = c_int32
         found.maskpack_where.restype, found.maskpack_in_steps.restype = c_int64, c_int32
-        found.maskpack_fit.restype = c_int32
+        found.maskpack_fit.restype = found.maskpack_cells.restype = c_int32
+        found.maskpack_gaps.restype = c_int64
         found.maskpack_steps_count.restype = found.maskpack_steps_encode.restype = c_int64
         found.maskpack_steps_choose.restype, found.maskpack_steps_decode.restype = c_int64, c_int32
         return found if found.maskpack_loops() == VERSION else None

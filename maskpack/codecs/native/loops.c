@@ -42,7 +42,8 @@ static inline int LOWEST(uint64_t bits) {
 }
 #endif
 
-enum { RUN = 1024, SOME = 64, AHEAD = 8, NEVER = 1 << 30 }; /* weights that are coded at once; see hazards_of, reached */
+enum { RUN = 1024, SOME = 64, AHEAD = 32, NEVER = 1 << 30 }; /* weights that are coded at once; see sums_of, reached */
+enum { WAYS = 4, KEPT = 15, KEEP = 128 }; /* what is done side by side; see run_of */
 enum { BITS = 15, ONE = 1 << BITS, LOW = 1 << 16, WINDOW = 8192, LEVELS = 1024, SAME = 5, OTHER = 3, PIECE = 512 };
 enum { ROW, INPUT, POSITION, BEFORE, MAGNITUDE, REFERENCE, ARRAYS, MAX_RANK = 8, KINDS = SAME * SAME, CLASSES = 16 };
 enum { GROUP = 8, MAX_LANE = 1 << 18, HIGHEST = 32, LEAST_SIDE = 16 };
@@ -50,7 +51,7 @@ enum { INFINITE = 0x7F80, MAGNITUDES = INFINITE + 2, WORDS = 1 << 16 }; /* in bf
 enum { EXTREME = 384 }; /* of the fit: log-odds in 1/32 nat that its curve goes to */
 
 /* Counts up with every change of what stands below: a library of another source is not used. */
-API int64_t maskpack_loops(void) { return 11; }
+API int64_t maskpack_loops(void) { return 14; }
 
 typedef struct {
     const uint16_t *hazard;   /* LEVELS entries, each at most 8 UNIT */
@@ -114,25 +115,29 @@ static void below_classes(const uint8_t *rank, int16_t *under) {
     }
 }
 
-ALWAYS void add_some_classes(const int16_t *under, const int16_t *more, const uint16_t *words, uint16_t *sums) {
+ALWAYS void add_some_classes(const int16_t *under, const int16_t *more, int classes, const uint16_t *words, uint16_t *sums) {
     int16_t own[SOME];
     uint16_t sum[SOME];
     memcpy(sum, sums, sizeof sum);
     for (int i = 0; i < SOME; i++) own[i] = (int16_t)(words[i] & 0x7FFF);
-    for (int c = 1; c < CLASSES; c++)
+    for (int c = 0; c < classes; c++)
         for (int i = 0; i < SOME; i++) sum[i] = (uint16_t)(sum[i] + ((own[i] > under[c] ? -1 : 0) & more[c]));
     memcpy(sums, sum, sizeof sum);
 }
 
-/* Adds to `sums` what the classes of weights in bfloat16 add: `more` for each class that a weight is in or above. */
-WIDE static void add_classes(const int16_t *under, const int16_t *more, const uint16_t *words, int64_t count, uint16_t *sums) {
+/* Adds to `sums` what the classes of weights in bfloat16 add: `more` for each class but the first that a weight is in or above. */
+WIDE static void add_classes(const int16_t *all_under, const int16_t *all_more, const uint16_t *words, int64_t count, uint16_t *sums) {
+    int16_t under[CLASSES], more[CLASSES];
+    int classes = 0;
     int64_t first = 0;
-    for (; first + SOME <= count; first += SOME) add_some_classes(under, more, words + first, sums + first);
+    for (int c = 1; c < CLASSES; c++)
+        if (all_more[c]) under[classes] = all_under[c], more[classes++] = all_more[c];
+    for (; first + SOME <= count; first += SOME) add_some_classes(under, more, classes, words + first, sums + first);
     if (first == count) return;
     uint16_t own[SOME], sum[SOME];
     for (int64_t i = 0; i < SOME; i++) own[i] = first + i < count ? words[first + i] : 0, sum[i] = 0;
     for (int64_t i = first; i < count; i++) sum[i - first] = sums[i];
-    add_some_classes(under, more, own, sum);
+    add_some_classes(under, more, classes, own, sum);
     for (int64_t i = first; i < count; i++) sums[i] = sum[i - first];
 }
 
@@ -219,6 +224,8 @@ typedef struct {
     int sorted;                                            /* whether a class follows from comparing a word with `under` */
     int16_t under[CLASSES], more[CLASSES];                 /* the magnitude below a class; what it adds more than the one before */
     int32_t contexts[2 * KINDS];                           /* what the events that were counted in a kernel add, by sign */
+    int32_t row_step;                                      /* coefficients of rows are multiples of it */
+    uint32_t *kept[KEPT];                                  /* see sums_of */
 } Model;
 
 /* Returns whether the head of a payload, up to the number of lanes, is one for this shape. */
@@ -256,6 +263,7 @@ static void forget(Model *model) {
     free(model->values);
     free(model->lean);
     free(model->magnitudes);
+    for (int k = 0; k < KEPT; k++) free(model->kept[k]);
 }
 
 /* Multiplies out the coefficients in `values`, which are allocated; returns whether there was memory. */
@@ -268,6 +276,7 @@ static int scale(Model *model, const Given *given) {
         for (int64_t i = 1; model->name[n] == MAGNITUDE && i < CLASSES; i++) at[i] += at[i - 1];
         for (int64_t i = 0; i < model->size[n]; i++) at[i] *= step;
         if (k < 0) model->array[model->name[n]] = at;
+        if (model->name[n] == ROW) model->row_step = step;
         for (int64_t i = 0; k >= 0 && i < model->size[n]; i++)
             model->lean[k % 2 ? rank * rows + k / 2 * inputs + i : i * rank + k / 2] = (float)at[i];
         at += model->size[n];
@@ -280,10 +289,11 @@ static int scale(Model *model, const Given *given) {
     if (model->array[MAGNITUDE]) {
         uint8_t *own = given->ranks ? NULL : calloc(MAGNITUDES, 1);
         const uint8_t *rank_of = given->ranks ? given->ranks : own;
-        int done = rank_of && (model->magnitudes = malloc(MAGNITUDES * sizeof(int16_t)));
-        done = done && (!own || maskpack_ranks(given, rows * inputs * given->positions, CLASSES, own));
-        for (int v = 0; done && v < MAGNITUDES; v++) model->magnitudes[v] = (int16_t)model->array[MAGNITUDE][rank_of[v]];
-        model->sorted = given->width == 2 && given->positions == 1; /* ranks rise with magnitudes */
+        int done = rank_of && (!own || maskpack_ranks(given, rows * inputs * given->positions, CLASSES, own));
+        model->sorted = given->width == 2 && given->positions == 1 && !model->array[REFERENCE] && !rank; /* ranks rise with magnitudes */
+        done = done && (model->sorted || (model->magnitudes = malloc(MAGNITUDES * sizeof(int16_t))));
+        for (int v = 0; done && !model->sorted && v < MAGNITUDES; v++)
+            model->magnitudes[v] = (int16_t)model->array[MAGNITUDE][rank_of[v]];
         if (done) below_classes(rank_of, model->under);
         for (int c = 1; done && c < CLASSES; c++)
             model->more[c] = (int16_t)(model->array[MAGNITUDE][c] - model->array[MAGNITUDE][c - 1]);
@@ -343,12 +353,15 @@ WIDE static void levels_of(const Model *model, const Given *given, int64_t posit
     for (int64_t i = 0; i < count; i++) level[i] = level[i] < 0 ? 0 : level[i] >= LEVELS ? LEVELS - 1 : level[i];
 }
 
-/* Hazards as levels_of has levels; of at most RUN weights. */
-WIDE static void hazards_of(const Tables *tables, const Model *model, const Given *given, int64_t position, int64_t row,
-                            int64_t first, int64_t count, const uint8_t *seen, uint16_t *hazard) {
+/* Sums of the hazards of the levels that levels_of has, of at most RUN weights: before each, and of all; then AHEAD that are
+   higher than any. */
+WIDE static void add_up(const Tables *tables, const Model *model, const Given *given, int64_t position, int64_t row, int64_t first,
+                        int64_t count, const uint8_t *seen, uint32_t *sums) {
     const uint16_t *words = (const uint16_t *)given->weights + row * given->inputs + first;
     int32_t base = (int32_t)(LEVELS / 2 + model->offset) + (model->array[ROW] ? model->array[ROW][row] : 0);
-    if (!model->sorted || model->array[REFERENCE] || model->rank) {
+    uint16_t hazard[RUN];
+    uint32_t used = 0;
+    if (model->array[REFERENCE] || model->rank || model->array[BEFORE] || model->array[POSITION] || (model->array[MAGNITUDE] && !model->sorted)) {
         int32_t level[PIECE];
         for (int64_t from = 0, some; from < count; from += some) {
             some = least(count - from, PIECE);
@@ -357,41 +370,63 @@ WIDE static void hazards_of(const Tables *tables, const Model *model, const Give
         }
     } else if (model->array[INPUT]) {
         const int32_t *input = model->array[INPUT] + first;
-        base += model->array[MAGNITUDE][0];
+        base += model->array[MAGNITUDE] ? model->array[MAGNITUDE][0] : 0;
         for (int64_t i = 0; i < count; i++) hazard[i] = (uint16_t)(base + input[i]);
-        add_classes(model->under, model->more, words, count, hazard);
+        if (model->array[MAGNITUDE]) add_classes(model->under, model->more, words, count, hazard);
         for (int64_t i = 0; i < count; i++) {
             int16_t level = (int16_t)hazard[i];
-            hazard[i] = tables->hazard[level < 0 ? 0 : level >= LEVELS ? LEVELS - 1 : level];
+            hazard[i] = (uint16_t)(level < 0 ? 0 : level >= LEVELS ? LEVELS - 1 : level);
         }
+        for (int64_t i = 0; i < count; i++) hazard[i] = tables->hazard[hazard[i]];
     } else {
         int16_t more[CLASSES];
         uint16_t before = 0, own = 0;
         for (int c = 0; c < CLASSES; c++, before = own) {
-            int32_t level = base + model->array[MAGNITUDE][c];
+            int32_t level = base + (model->array[MAGNITUDE] ? model->array[MAGNITUDE][c] : 0);
             own = tables->hazard[level < 0 ? 0 : level >= LEVELS ? LEVELS - 1 : level];
             more[c] = (int16_t)(own - before);
         }
         for (int64_t i = 0; i < count; i++) hazard[i] = (uint16_t)more[0];
-        add_classes(model->under, more, words, count, hazard);
+        if (model->array[MAGNITUDE]) add_classes(model->under, more, words, count, hazard);
     }
-}
-
-/* Sums of hazards so far, from `used` on, and AHEAD more that are higher than any. */
-static void summed_up(const uint16_t *hazards, int64_t count, uint32_t used, uint32_t *sums) {
     for (int64_t i = 0; i < count; i++) {
         sums[i] = used;
-        used += hazards[i];
+        used += hazard[i];
     }
     sums[count] = used;
     for (int64_t i = count + 1; i <= count + AHEAD; i++) sums[i] = NEVER;
 }
 
+/* Weights of a lane that lie in one row, side by side: their sums as add_up has them, in which the first one is at `at`. */
+typedef struct {
+    const uint32_t *sums;
+    int64_t at, end, unit; /* the unit of sums[0] */
+} Run;
+
+/* The run from a unit on, in `own` where it is not kept: without classes, rows of the same coefficient have the same sums. */
+static Run run_of(const Tables *tables, Model *model, const Given *given, int64_t position, int64_t unit, int64_t stop,
+                  const uint8_t *seen, uint32_t *own) {
+    int64_t row = unit / given->inputs, input = unit % given->inputs, first = input / RUN * RUN;
+    int64_t whole = least(given->inputs - first, RUN), count = least(whole - (input - first), stop - unit);
+    int alike = given->rows >= KEEP && given->positions == 1 && !model->array[MAGNITUDE] && !model->array[REFERENCE] && !model->rank;
+    if (alike) {
+        int k = KEPT / 2 + (model->array[ROW] ? model->array[ROW][row] / model->row_step : 0);
+        int64_t runs = (given->inputs + RUN - 1) / RUN, length = RUN + 1 + AHEAD;
+        uint32_t *kept = model->kept[k];
+        if (!kept && (kept = model->kept[k] = malloc((size_t)(runs * length) * sizeof *kept)))
+            for (int64_t r = 0; r < runs; r++)
+                add_up(tables, model, given, 0, row, r * RUN, least(given->inputs - r * RUN, RUN), NULL, kept + r * length);
+        if (kept) return (Run){kept + first / RUN * length, input - first, input - first + count, unit - (input - first)};
+    }
+    add_up(tables, model, given, position, row, input, count, seen, own);
+    return (Run){own, 0, count, unit};
+}
+
 /* The first place behind `at` whose sum is at least `least`. */
-static inline int64_t reached(const uint32_t *sums, int64_t at, uint32_t enough) {
+ALWAYS int64_t reached(const uint32_t *sums, int64_t at, uint32_t enough) {
     for (; sums[at + AHEAD] < enough; at += AHEAD) {}
-    int64_t below = 0;
-    for (int k = 1; k <= AHEAD; k++) below += sums[at + k] < enough;
+    int32_t below = 0;
+    for (int k = 1; k <= AHEAD; k++) below += (int32_t)sums[at + k] < (int32_t)enough;
     return at + below + 1;
 }
 
@@ -440,37 +475,88 @@ static void coefficients(const Tables *tables, const Model *model, Lane *lane, i
     }
 }
 
-/* Events of the units of a lane, as bits that are set. `seen`: a byte for each of its units, 0. */
-static void events_of(const Tables *tables, const Model *model, const Given *given, Lane *lane, int64_t begin, int64_t stop,
-                      uint8_t *seen, uint8_t *bits) {
-    Lane own = *lane;
-    uint32_t slot = own.state & (ONE - 1), used = 0, reach = tables->reach[slot], sums[RUN + 1 + AHEAD];
-    uint16_t hazards[RUN];
-    for (int64_t position = 0; position < given->positions; position++)
-        for (int64_t unit = begin, count; unit < stop; unit += count) {
-            int64_t row = unit / given->inputs, input = unit % given->inputs, at = 0;
-            uint32_t zero = 0; /* the sum from which the hazard of the window is counted */
-            count = least(least(given->inputs - input, stop - unit), RUN);
-            hazards_of(tables, model, given, position, row, input, count, seen + (unit - begin), hazards);
-            summed_up(hazards, count, used, sums);
-            for (;;) {
-                at = reached(sums, at, zero + (reach < WINDOW ? reach : WINDOW));
-                if (at > count) break;
-                used = sums[at] - zero;
-                zero = sums[at];
-                int event = used >= reach; /* else the window ends without one */
-                int64_t weight = (unit + at - 1) * given->positions + position;
-                uint32_t low = tables->survival[used], high = tables->survival[used - hazards[at - 1]];
-                bits[weight >> 3] |= (uint8_t)(event << (weight & 7));
-                if (event && model->array[BEFORE])
-                    counted(seen + (unit - begin) + at - 1, given->width && negative(word_of(given, weight)));
-                take(&own, slot, event ? low : 0, event ? high - low : low);
-                slot = own.state & (ONE - 1);
-                reach = tables->reach[slot];
-            }
-            used = sums[count] - zero;
+/* A lane that is decoded: its units, those that were before this run at this position, and the window that is open. */
+typedef struct {
+    Lane lane;
+    Run run;
+    int64_t begin, stop, unit, position;
+    uint32_t zero, slot, reach; /* the sum from which the hazard of the window is counted */
+    uint8_t *seen;              /* a byte for each of its units */
+    uint32_t own[RUN + 1 + AHEAD];
+} Way;
+
+static void slot_of(const Tables *tables, Way *way) {
+    way->slot = way->lane.state & (ONE - 1);
+    way->reach = tables->reach[way->slot] < WINDOW ? tables->reach[way->slot] : WINDOW;
+}
+
+/* Goes on to the next run of a lane; returns 0 behind the last one. */
+static int next_run(const Tables *tables, Model *model, const Given *given, Way *way) {
+    uint32_t used = way->run.sums ? way->run.sums[way->run.end] - way->zero : 0;
+    if (way->unit == way->stop) way->unit = way->begin, way->position++;
+    if (way->unit == way->stop || way->position == given->positions) return 0;
+    way->run = run_of(tables, model, given, way->position, way->unit, way->stop, way->seen + (way->unit - way->begin), way->own);
+    way->unit += way->run.end - way->run.at;
+    way->zero = way->run.sums[way->run.at] - used;
+    return 1;
+}
+
+/* Takes the next symbol of a lane; returns 0 where it is behind the run. */
+ALWAYS int take_event(const Tables *tables, const Model *model, const Given *given, Way *way, uint8_t *bits) {
+    static const uint8_t none[2];
+    int64_t at = reached(way->run.sums, way->run.at, way->zero + way->reach);
+    if (at > way->run.end) return 0;
+    uint32_t sum = way->run.sums[at], low = tables->survival[sum - way->zero];
+    uint32_t high = tables->survival[way->run.sums[at - 1] - way->zero], state = way->lane.state;
+    uint32_t event = way->slot >= low, all = 0u - event; /* else the window ends without one; nothing may branch on chance */
+    int64_t unit = way->run.unit + at - 1, weight = unit * given->positions + way->position;
+    bits[weight >> 3] |= (uint8_t)(event << (weight & 7));
+    if (model->array[BEFORE] && event) counted(way->seen + (unit - way->begin), given->width && negative(word_of(given, weight)));
+    state = (low ^ ((low ^ (high - low)) & all)) * (state >> BITS) + way->slot - (low & all);
+    const uint8_t *word = way->lane.word < way->lane.end ? way->lane.word : none;
+    uint32_t more = (uint32_t)(state < LOW) & (uint32_t)(way->lane.word < way->lane.end);
+    way->lane.state = state << 16 * more | ((word[0] | (uint32_t)word[1] << 8) & (0u - more));
+    way->lane.word += 2 * more;
+    way->run.at = at;
+    way->zero = sum;
+    slot_of(tables, way);
+    return 1;
+}
+
+static void begin(const Tables *tables, Model *model, const Given *given, const Lane *lanes, int64_t l, Way *way) {
+    int64_t units = given->rows * given->inputs;
+    way->lane = lanes[l];
+    way->run = (Run){NULL, 0, 0, 0};
+    way->begin = way->unit = lane_start(units, l, model->lanes);
+    way->stop = lane_start(units, l + 1, model->lanes);
+    way->position = 0;
+    if (way->seen) memset(way->seen, 0, (size_t)(way->stop - way->begin));
+    slot_of(tables, way);
+    next_run(tables, model, given, way);
+}
+
+/* Events of all lanes, as bits that are set; WAYS lanes at once, so that what one waits for passes with the others. `seen`: room
+   for `longest` units of each of them, or NULL. Returns whether their words are just those of their weights. */
+WIDE static int events_of(const Tables *tables, Model *model, const Given *given, const Lane *lanes, int64_t longest, uint8_t *seen,
+                          uint8_t *bits) {
+    Way ways[WAYS], *going[WAYS];
+    int64_t count = 0, next = 0;
+    for (; count < WAYS && next < model->lanes; count++) {
+        going[count] = ways + count;
+        ways[count].seen = seen ? seen + count * longest : NULL;
+        begin(tables, model, given, lanes, next++, ways + count);
+    }
+    while (count)
+        for (int64_t w = 0; w < count; w++) {
+            Way *way = going[w];
+            if (take_event(tables, model, given, way, bits) || next_run(tables, model, given, way)) continue;
+            if (way->lane.state || way->lane.word != way->lane.end) return 0; /* they say more, or less */
+            if (next < model->lanes)
+                begin(tables, model, given, lanes, next++, way);
+            else
+                going[w] = going[--count];
         }
-    *lane = own;
+    return 1;
 }
 
 /* Sets the events of a payload in `bits`, which are zero. Returns 1; 0 if the payload is refused, -1 without memory. */
@@ -504,14 +590,8 @@ API int32_t maskpack_decode(const Tables *tables, const Given *given, const uint
                       ? lane_start(units, l + 1, model.lanes) - lane_start(units, l, model.lanes) : longest;
     }
     result = -1;
-    if (!scale(&model, given) || (model.array[BEFORE] && !(seen = malloc((size_t)longest)))) goto end;
-    result = 1;
-    for (int64_t l = 0; l < model.lanes && result == 1; l++) {
-        int64_t begin = lane_start(units, l, model.lanes), stop = lane_start(units, l + 1, model.lanes);
-        if (seen) memset(seen, 0, (size_t)(stop - begin));
-        events_of(tables, &model, given, lanes + l, begin, stop, seen, bits);
-        if (lanes[l].state || lanes[l].word != lanes[l].end) result = 0; /* they say more, or less */
-    }
+    if (!scale(&model, given) || (model.array[BEFORE] && !(seen = malloc((size_t)(WAYS * longest))))) goto end;
+    result = events_of(tables, &model, given, lanes, longest, seen, bits);
 end:
     free(seen);
     free(lanes);
@@ -523,6 +603,99 @@ typedef struct {
     uint16_t first, size; /* slots */
 } Symbol;
 
+/* A lane that is coded: its symbols, and its words, which are made from the last one to the first. */
+typedef struct {
+    Symbol *symbols;
+    int64_t count;
+    uint16_t *word, *end;
+    uint32_t state;
+} Coded;
+
+/* Places of the events among the weights of a run, from the unit on where it begins. */
+ALWAYS int64_t events_in(const Given *given, const uint8_t *bits, int64_t position, int64_t unit, int64_t count, uint16_t *where) {
+    int64_t events = 0;
+    if (given->positions > 1) {
+        for (int64_t i = 0; i < count; i++) {
+            int64_t weight = (unit + i) * given->positions + position;
+            where[events] = (uint16_t)i;
+            events += bits[weight >> 3] >> (weight & 7) & 1;
+        }
+        return events;
+    }
+    for (int64_t i = 0, taken; i < count; i += taken) {
+        int64_t from = (unit + i) >> 3, shift = (unit + i) & 7, left = (given->rows * given->inputs + 7) / 8 - from;
+        uint64_t own = 0;
+        if (left >= 8) /* the lowest first, as of the machine's words */
+            memcpy(&own, bits + from, 8);
+        else
+            memcpy(&own, bits + from, (size_t)left);
+        taken = least(64 - shift, count - i);
+        own = own >> shift & ~(uint64_t)0 >> (64 - taken);
+        for (; own; own &= own - 1) where[events++] = (uint16_t)(i + LOWEST(own));
+    }
+    return events;
+}
+
+/* The symbols of a lane's part of the coefficients, and of its events. `seen`: room for a byte for each of its units. */
+WIDE static int64_t symbols_of(const Tables *tables, Model *model, const Given *given, const int32_t *values, const uint8_t *bits,
+                               int64_t l, uint8_t *seen, Symbol *symbols) {
+    int64_t units = given->rows * given->inputs, begin = lane_start(units, l, model->lanes), stop = lane_start(units, l + 1, model->lanes);
+    int64_t count = 0, end = model->arrays ? model->size[0] : 0;
+    int32_t n = 0;
+    uint32_t used = 0, own_sums[RUN + 1 + AHEAD];
+    uint16_t where[RUN + 1];
+    for (int64_t c = share(model->coefficients, l, model->lanes); c < share(model->coefficients, l + 1, model->lanes); c++) {
+        while (c >= end) end += model->size[++n];
+        const int32_t *own = tables->first + 16 * ((model->code[n] & 15) - 1) + 7 + values[c];
+        symbols[count++] = (Symbol){(uint16_t)own[0], (uint16_t)(own[1] - own[0])};
+    }
+    memset(seen, 0, (size_t)(stop - begin));
+    for (int64_t position = 0; position < given->positions; position++)
+        for (int64_t unit = begin, some; unit < stop; unit += some) {
+            Run run = run_of(tables, model, given, position, unit, stop, seen + (unit - begin), own_sums);
+            const uint32_t *sums = run.sums + run.at;
+            uint32_t zero = sums[0] - used;
+            some = run.end - run.at;
+            int64_t at = 0, events = events_in(given, bits, position, unit, some, where);
+            for (int64_t e = 0; e <= events; e++) {
+                int64_t next = e < events ? where[e] : some;
+                while (sums[next] - zero >= WINDOW) {
+                    at = reached(sums, at, zero + WINDOW);
+                    symbols[count++] = (Symbol){0, tables->survival[sums[at] - zero]};
+                    zero = sums[at];
+                }
+                if (e == events) break;
+                uint16_t low = tables->survival[sums[at = next + 1] - zero];
+                symbols[count++] = (Symbol){low, (uint16_t)(tables->survival[sums[next] - zero] - low)};
+                zero = sums[at];
+                if (model->array[BEFORE])
+                    counted(seen + (unit - begin) + next, given->width && negative(word_of(given, (unit + next) * given->positions + position)));
+            }
+            used = sums[some] - zero;
+        }
+    return count;
+}
+
+ALWAYS void put(Coded *lane) {
+    uint32_t own = lane->symbols[--lane->count].size, full = lane->state >> 17 >= own, state = lane->state;
+    lane->word[-1] = (uint16_t)state; /* of no use where it is not full: nothing may branch on chance */
+    lane->word -= full;
+    state >>= 16 * full;
+    lane->state = (state / own << BITS) + state % own + lane->symbols[lane->count].first;
+}
+
+/* Makes the words of two lanes, side by side so that one need not wait for the other. */
+static void code(Coded *first, Coded *second) {
+    Coded one = *first, other = *second;
+    while (one.count && other.count) {
+        put(&one);
+        put(&other);
+    }
+    while (one.count) put(&one);
+    while (other.count) put(&other);
+    *first = one, *second = other;
+}
+
 /* Returns the words of all lanes of a payload with this head, coefficients and events (packed bits), and each lane's in
    `lengths`; to be given back by maskpack_free. NULL without memory. */
 API uint16_t *maskpack_encode(const Tables *tables, const Given *given, const uint8_t *bytes, int64_t size,
@@ -531,93 +704,38 @@ API uint16_t *maskpack_encode(const Tables *tables, const Given *given, const ui
     Model model;
     int64_t units = given->rows * given->inputs, made = 0, room = 0;
     if (!head(&model, &reader, given)) return NULL;
-    uint16_t *words = NULL;
-    uint8_t *seen = NULL;
-    Symbol *symbols = NULL;
     int64_t longest = GROUP * ((units + GROUP - 1) / GROUP / model.lanes + 1), part = 1 + model.coefficients / model.lanes;
-    if (!(model.values = malloc((size_t)(model.coefficients + 1) * sizeof(int32_t)))) return NULL;
-    if (model.coefficients) memcpy(model.values, values, (size_t)model.coefficients * sizeof(int32_t));
-    int done = scale(&model, given) && (seen = malloc((size_t)longest)) &&
-               (symbols = malloc((size_t)(longest * given->positions + part) * sizeof *symbols));
-    for (int64_t l = 0; l < model.lanes && done; l++) {
-        int64_t begin = lane_start(units, l, model.lanes), stop = lane_start(units, l + 1, model.lanes), end, count = 0;
-        int32_t n = 0;
-        uint32_t used = 0, state = 0, sums[RUN + 1 + AHEAD];
-        uint16_t hazards[RUN], where[RUN + 1];
-        memset(seen, 0, (size_t)(stop - begin));
-        end = model.arrays ? model.size[0] : 0;
-        for (int64_t c = share(model.coefficients, l, model.lanes); c < share(model.coefficients, l + 1, model.lanes); c++) {
-            while (c >= end) end += model.size[++n];
-            const int32_t *own = tables->first + 16 * ((model.code[n] & 15) - 1) + 7 + values[c];
-            symbols[count++] = (Symbol){(uint16_t)own[0], (uint16_t)(own[1] - own[0])};
+    int64_t most = longest * given->positions + part; /* symbols of a lane */
+    uint16_t *words = NULL, *own_words = malloc((size_t)(2 * (most + 3)) * sizeof *own_words);
+    Symbol *symbols = malloc((size_t)(2 * most) * sizeof *symbols);
+    uint8_t *seen = malloc((size_t)longest);
+    int done = own_words && symbols && seen && (model.values = malloc((size_t)(model.coefficients + 1) * sizeof(int32_t)));
+    if (done && model.coefficients) memcpy(model.values, values, (size_t)model.coefficients * sizeof(int32_t));
+    done = done && scale(&model, given);
+    for (int64_t l = 0; l < model.lanes && done; l += 2) {
+        Coded lanes[2] = {{NULL, 0, NULL, NULL, 0}, {NULL, 0, NULL, NULL, 0}};
+        int64_t two = least(model.lanes - l, 2);
+        for (int64_t k = 0; k < two; k++) {
+            uint16_t *end = own_words + (k + 1) * (most + 3);
+            lanes[k] = (Coded){symbols + k * most, 0, end, end, 0};
+            lanes[k].count = symbols_of(tables, &model, given, values, bits, l + k, seen, lanes[k].symbols);
         }
-        for (int64_t position = 0; position < given->positions; position++)
-            for (int64_t unit = begin, some; unit < stop; unit += some) {
-                int64_t row = unit / given->inputs, input = unit % given->inputs;
-                int64_t at = 0, events = 0;
-                uint32_t zero = 0;
-                some = least(least(given->inputs - input, stop - unit), RUN);
-                hazards_of(tables, &model, given, position, row, input, some, seen + (unit - begin), hazards);
-                summed_up(hazards, some, used, sums);
-                if (given->positions == 1) {
-                    for (int64_t i = 0, taken; i < some; i += taken) {
-                        int64_t from = (unit + i) >> 3, shift = (unit + i) & 7;
-                        uint64_t own = 0;
-                        int64_t left = (units + 7) / 8 - from;
-                        if (left >= 8) /* the lowest first, as of the machine's words */
-                            memcpy(&own, bits + from, 8);
-                        else
-                            memcpy(&own, bits + from, (size_t)left);
-                        taken = least(64 - shift, some - i);
-                        own = own >> shift & ~(uint64_t)0 >> (64 - taken);
-                        for (; own; own &= own - 1) where[events++] = (uint16_t)(i + LOWEST(own));
-                    }
-                } else
-                    for (int64_t i = 0; i < some; i++) {
-                        int64_t weight = (unit + i) * given->positions + position;
-                        where[events] = (uint16_t)i;
-                        events += bits[weight >> 3] >> (weight & 7) & 1;
-                    }
-                for (int64_t e = 0; e <= events; e++) {
-                    int64_t next = e < events ? where[e] : some;
-                    while (sums[next] - zero >= WINDOW) {
-                        at = reached(sums, at, zero + WINDOW);
-                        symbols[count++] = (Symbol){0, tables->survival[sums[at] - zero]};
-                        zero = sums[at];
-                    }
-                    if (e == events) break;
-                    uint16_t low = tables->survival[sums[at = next + 1] - zero];
-                    symbols[count++] = (Symbol){low, (uint16_t)(tables->survival[sums[next] - zero] - low)};
-                    zero = sums[at];
-                    if (model.array[BEFORE])
-                        counted(seen + (unit - begin) + next, given->width && negative(word_of(given, (unit + next) * given->positions + position)));
-                }
-                used = sums[some] - zero;
+        code(lanes, lanes + 1);
+        for (int64_t k = 0; k < two && done; k++) {
+            for (; lanes[k].state; lanes[k].state >>= 16) *--lanes[k].word = (uint16_t)lanes[k].state;
+            lengths[l + k] = lanes[k].end - lanes[k].word;
+            if (made + lengths[l + k] > room) {
+                uint16_t *more = realloc(words, (size_t)(room = 2 * (made + lengths[l + k])) * sizeof *words);
+                if (!(done = more != NULL)) break;
+                words = more;
             }
-        if (made + count + 2 > room) {
-            uint16_t *more = realloc(words, (size_t)(room = 2 * (made + count + 2)) * sizeof *words);
-            if (!(done = more != NULL)) break;
-            words = more;
+            memcpy(words + made, lanes[k].word, (size_t)lengths[l + k] * sizeof *words);
+            made += lengths[l + k];
         }
-        int64_t from = made;
-        while (count-- > 0) {
-            uint32_t own = symbols[count].size;
-            if (state >> 17 >= own) {
-                words[made++] = (uint16_t)state;
-                state >>= 16;
-            }
-            state = (state / own << BITS) + state % own + symbols[count].first;
-        }
-        for (; state; state >>= 16) words[made++] = (uint16_t)state;
-        for (int64_t a = from, b = made - 1; a < b; a++, b--) {
-            uint16_t kept = words[a];
-            words[a] = words[b];
-            words[b] = kept;
-        }
-        lengths[l] = made - from;
     }
     free(seen);
     free(symbols);
+    free(own_words);
     forget(&model);
     if (!done) free(words);
     return done ? words : NULL;
@@ -637,10 +755,8 @@ typedef struct {
 
 typedef struct {
     int64_t rows, inputs, positions, rank, offset; /* coefficients in 1/256 nat */
-    const int32_t *columns;                        /* of a part of the weights, where not all are looked at */
-    const int64_t *ends;                           /* how many of them are before each row, and in all */
-    const uint8_t *shifts;                         /* one of 2^shift weights of each class of magnitude is among them */
-    const uint8_t *classes;                        /* of magnitude, of each of them */
+    int64_t kinds;                                 /* of weights, if cells are looked at, which are all of a kind in a row or an input; else 0 */
+    const int32_t *by_row, *by_input;              /* how many weights each has, (rows, kinds), (inputs, kinds); NULL if all are of one kind */
     const uint8_t *events, *index[ARRAYS];         /* positions, rows, inputs; of those arrays that go by what is known */
     const int32_t *array[ARRAYS], *left, *right;   /* NULL where all is 0; (rows, rank), (rank, inputs) */
     const uint8_t *signs;                          /* 128 set where the base is negative */
@@ -708,7 +824,7 @@ WIDE static void columns(int64_t count, const int32_t *one, int32_t *to) {
     for (int64_t i = 0; i < count; i++) to[i] += one[i];
 }
 
-enum { BINS = 16, WAYS = 4 };
+enum { BINS = 16 };
 
 /* Slopes and curvatures of at most PIECE weights by bins: both in one number, of neighbours in different ones, so that an
    addition need not wait for the one before. */
@@ -746,18 +862,21 @@ static const int64_t BINNED[ARRAYS] = {0, 0, 0, SAME * OTHER, CLASSES, 2};
 
 /* Counts events, of a parameter without kernels: those of each row and input, and by each index. */
 API void maskpack_counts(int64_t inputs, const uint8_t *bits, int64_t bytes, const uint8_t *const *index, int64_t *const *sums) {
-    for (int64_t first = 0, row = 0, start = 0; first < bytes; first += 8) {
+    int64_t row = 0, start = 0, *inputs_of = sums[INPUT], in_row = 0;
+    for (int64_t first = 0; first < bytes; first += 8) {
         uint64_t ones = 0;
         memcpy(&ones, bits + first, (size_t)least(bytes - first, 8)); /* the lowest first, as of the machine's words */
         for (; ones; ones &= ones - 1) {
             int64_t place = 8 * first + LOWEST(ones);
-            for (; place - start >= inputs; start += inputs) row++;
-            if (sums[ROW]) sums[ROW][row]++;
-            if (sums[INPUT]) sums[INPUT][place - start]++;
+            for (; place - start >= inputs; start += inputs, in_row = 0)
+                if (sums[ROW]) sums[ROW][row++] += in_row;
+            in_row++;
+            if (inputs_of) inputs_of[place - start]++;
             for (int n = BEFORE; n < ARRAYS; n++)
                 if (sums[n]) sums[n][index[n][place]]++;
         }
     }
+    if (sums[ROW]) sums[ROW][row] += in_row;
 }
 
 /* Slope and curvature of the likelihood, in 2^-15, along all coefficients together (`total`) and along each of those arrays
@@ -795,80 +914,108 @@ API void maskpack_sums(const Fit *fit, int64_t *total, int64_t *const *sums, int
         }
 }
 
-/* The columns of the weights to look at, and their classes: of each class those for which column + turn * row, by its mask,
-   is 0. */
-API void maskpack_part(int64_t rows, int64_t inputs, int32_t turn, const uint8_t *classes, const int32_t *masks, int32_t *columns,
-                       int64_t *ends, uint8_t *found) {
-    int64_t at = 0;
-    for (int64_t row = 0; row < rows; row++) {
-        int32_t turned = (int32_t)(turn * row & 0xFFFF);
-        const uint8_t *own = classes ? classes + row * inputs : NULL;
-        for (int32_t i = 0; i < inputs; i++) {
-            uint8_t class = own ? own[i] : 0;
-            columns[at] = i;
-            found[at] = class;
-            at += !((i + turned) & masks[class]);
-        }
-        ends[row + 1] = at;
+/* How many of some bytes are of a kind. */
+WIDE static int32_t of_kind(const uint8_t *own, int64_t count, uint8_t kind) {
+    int32_t sum = 0;
+    int64_t i = 0;
+    while (count - i >= SOME / 2) {
+        uint8_t found[SOME / 2] = {0};
+        for (int turn = 0; turn < 255 && count - i >= SOME / 2; turn++, i += SOME / 2)
+            for (int k = 0; k < SOME / 2; k++) found[k] = (uint8_t)(found[k] + (own[i + k] == kind));
+        for (int k = 0; k < SOME / 2; k++) sum += found[k];
     }
+    for (; i < count; i++) sum += own[i] == kind;
+    return sum;
 }
 
-/* p and p (1 - p), in one number, of some weights of a row, and the sums of both; at most PIECE. */
-WIDE static void odds_of(const Fit *fit, int64_t row, const int32_t *columns, int64_t count, const uint8_t *classes, int64_t *both,
-                         int64_t *slope, int64_t *curvature) {
-    const uint8_t *other = fit->index[REFERENCE];
-    const int32_t *input = fit->array[INPUT], *class = fit->array[MAGNITUDE], *reference = fit->array[REFERENCE];
-    int64_t place = row * fit->inputs;
-    int32_t base = (int32_t)fit->offset + (fit->array[ROW] ? fit->array[ROW][row] : 0), at[PIECE], sums[2] = {0, 0};
-    for (int64_t i = 0; i < count; i++) at[i] = base;
-    for (int64_t i = 0; input && i < count; i++) at[i] += input[columns[i]];
-    for (int64_t i = 0; class && i < count; i++) at[i] += class[classes[i]];
-    for (int64_t i = 0; reference && i < count; i++) at[i] += reference[other[place + columns[i]]];
-    for (int64_t i = 0; i < count; i++) {
-        int32_t own = (at[i] + 4) >> 3, one = fit->curve[own < -EXTREME ? 0 : own > EXTREME ? 2 * EXTREME : own + EXTREME];
-        int32_t shift = fit->shifts[classes[i]], p = one >> 16 << shift, variance = (one & 0xFFFF) << shift;
-        sums[0] += p;
-        sums[1] += variance;
-        both[i] = (int64_t)p << 32 | variance;
-    }
-    *slope += sums[0];
-    *curvature += sums[1];
+WIDE static void add_kind(const uint8_t *own, int64_t count, uint8_t kind, uint8_t *found) {
+    for (int64_t i = 0; i < count; i++) found[i] = (uint8_t)(found[i] + (own[i] == kind));
 }
 
-/* As maskpack_sums, of p and p (1 - p) alone, of a part of the weights, each as often as it stands for. */
-API void maskpack_sums_of_part(const Fit *fit, int64_t *total, int64_t *const *sums, int32_t *held) {
-    int64_t *inputs = (int64_t *)held; /* p and p (1 - p) in one number */
-    memset(inputs, 0, (size_t)fit->inputs * sizeof *inputs);
-    for (int64_t row = 0; row < fit->rows; row++) {
-        int64_t slope = 0, curvature = 0, count, place = row * fit->inputs;
-        for (int64_t first = fit->ends[row]; first < fit->ends[row + 1]; first += count) {
-            const int32_t *columns = fit->columns + first;
-            const uint8_t *classes = fit->classes + first;
-            int64_t both[PIECE];
-            count = least(fit->ends[row + 1] - first, PIECE);
-            odds_of(fit, row, columns, count, classes, both, &slope, &curvature);
-            for (int64_t i = 0; sums[INPUT] && i < count; i++) inputs[columns[i]] += both[i];
-            for (int n = BEFORE; n < ARRAYS; n++)
-                if (sums[n]) {
-                    int64_t bins[WAYS * BINS] = {0};
-                    for (int64_t i = 0; i < count; i++)
-                        bins[BINS * (i % WAYS) + (n == MAGNITUDE ? classes[i] : fit->index[n][place + columns[i]])] += both[i];
-                    for (int64_t k = 0; k < WAYS * BINS; k++)
-                        if (bins[k]) {
-                            sums[n][k % BINS] += bins[k] >> 32;
-                            sums[n][BINNED[n] + k % BINS] += bins[k] & 0xFFFFFFFF;
-                        }
-                }
+/* Adds how many weights of each kind each row and each input has; `index`: the kind of each. Returns 0 without memory. */
+API int32_t maskpack_cells(int64_t rows, int64_t inputs, int64_t kinds, const uint8_t *index, int32_t *by_row, int32_t *by_input) {
+    uint8_t *found = calloc((size_t)(kinds * inputs), 1);
+    for (int64_t row = 0; found && row < rows; row++) {
+        for (int64_t k = 0; k < kinds; k++) {
+            by_row[row * kinds + k] += of_kind(index + row * inputs, inputs, (uint8_t)k);
+            add_kind(index + row * inputs, inputs, (uint8_t)k, found + k * inputs);
         }
-        if (sums[INPUT] && (row % ONE == ONE - 1 || row == fit->rows - 1)) /* before 32 bits are full */
-            for (int64_t i = 0; i < fit->inputs; i++) {
-                sums[INPUT][i] += inputs[i] >> 32;
-                sums[INPUT][fit->inputs + i] += inputs[i] & 0xFFFFFFFF;
-                inputs[i] = 0;
+        if (row % 255 < 254 && row < rows - 1) continue; /* before a byte is full */
+        for (int64_t i = 0; i < inputs; i++)
+            for (int64_t k = 0; k < kinds; k++) by_input[i * kinds + k] += found[k * inputs + i];
+        memset(found, 0, (size_t)(kinds * inputs));
+    }
+    free(found);
+    return found != NULL;
+}
+
+enum { SPREAD = 32, BIN = 32, FINER = 8, CURVE = 2 * EXTREME + 1, MOST_KINDS = 2 * CLASSES }; /* see logit_fit.py */
+
+static int32_t on_curve(int32_t at) { return at < 0 ? 0 : at >= CURVE ? CURVE - 1 : at; }
+
+/* p and p (1 - p) in 2^-23, of the places on the curve from `low` to `high`, on the average over the coefficients of the other
+   side, of which NULL says that they are 0. */
+static void smoothed(const Fit *fit, const int32_t *other, int64_t count, int32_t low, int32_t high, int64_t *p, int64_t *variance) {
+    int64_t bins[2 * SPREAD + 1] = {0};
+    for (int64_t i = 0; other && i < count; i++) {
+        int32_t bin = (other[i] + BIN / 2) >> 5;
+        bins[(bin < -SPREAD ? -SPREAD : bin > SPREAD ? SPREAD : bin) + SPREAD]++;
+    }
+    if (!other) bins[SPREAD] = count;
+    for (int32_t at = low; at <= high; at++) p[at] = variance[at] = 0;
+    for (int32_t b = -SPREAD; b <= SPREAD; b++)
+        for (int32_t at = low; bins[b + SPREAD] && at <= high; at++) {
+            int32_t both = fit->curve[on_curve(at + b * (BIN / 8))];
+            p[at] += (both >> 16) * bins[b + SPREAD];
+            variance[at] += (both & 0xFFFF) * bins[b + SPREAD];
+        }
+    for (int32_t at = low; at <= high; at++) p[at] = (p[at] << FINER) / count, variance[at] = (variance[at] << FINER) / count;
+}
+
+static int64_t whole_of(int64_t sum) { return (sum + (1 << (FINER - 1))) >> FINER; }
+
+/* Sums of p and p (1 - p) over all weights as from cells: as if in each row the coefficients of inputs were spread as they are
+   over all, and in each input those of rows. */
+API void maskpack_sums_of_cells(const Fit *fit, int64_t *total, int64_t *const *sums) {
+    int64_t p[CURVE], variance[CURVE], whole[2] = {0, 0}, of_kinds[2][MOST_KINDS] = {{0}};
+    int64_t classes = fit->index[MAGNITUDE] ? CLASSES : 1;
+    int32_t adds[MOST_KINDS], least_kind = INT32_MAX, most_kind = INT32_MIN;
+    for (int64_t k = 0; k < fit->kinds; k++) {
+        adds[k] = fit->array[MAGNITUDE] ? fit->array[MAGNITUDE][k % classes] : 0;
+        adds[k] += (int32_t)fit->offset + 4 + (fit->array[REFERENCE] ? fit->array[REFERENCE][k / classes] : 0);
+        least_kind = adds[k] < least_kind ? adds[k] : least_kind;
+        most_kind = adds[k] > most_kind ? adds[k] : most_kind;
+    }
+    for (int side = ROW; side <= INPUT; side++) {
+        int64_t count = side == ROW ? fit->rows : fit->inputs, others = side == ROW ? fit->inputs : fit->rows;
+        const int32_t *have = side == ROW ? fit->by_row : fit->by_input, *array = fit->array[side];
+        int32_t low = array ? array[0] : 0, high = low;
+        if (side == INPUT && !sums[INPUT]) continue;
+        for (int64_t i = 0; array && i < count; i++) low = array[i] < low ? array[i] : low, high = array[i] > high ? array[i] : high;
+        low = on_curve(((low + least_kind) >> 3) + EXTREME), high = on_curve(((high + most_kind) >> 3) + EXTREME);
+        smoothed(fit, fit->array[ROW + INPUT - side], others, low, high, p, variance);
+        for (int64_t i = 0; i < count; i++) {
+            int32_t base = array ? array[i] : 0;
+            int64_t own[2] = {0, 0};
+            for (int64_t k = 0; k < fit->kinds; k++) {
+                int32_t at = on_curve(((base + adds[k]) >> 3) + EXTREME);
+                int64_t weights = have ? have[i * fit->kinds + k] : others, one = weights * p[at], other = weights * variance[at];
+                own[0] += one, own[1] += other;
+                if (side == ROW) of_kinds[0][k] += one, of_kinds[1][k] += other;
             }
-        total[0] += slope;
-        total[1] += curvature;
-        if (sums[ROW]) sums[ROW][row] += slope, sums[ROW][fit->rows + row] += curvature;
+            if (side == ROW) whole[0] += own[0], whole[1] += own[1];
+            if (sums[side]) sums[side][i] = whole_of(own[0]), sums[side][count + i] = whole_of(own[1]);
+        }
+    }
+    for (int turn = 0; turn < 2; turn++) {
+        total[turn] = whole_of(whole[turn]);
+        for (int64_t c = 0; sums[MAGNITUDE] && c < classes; c++)
+            sums[MAGNITUDE][turn * CLASSES + c] = whole_of(of_kinds[turn][c] + (fit->kinds > classes ? of_kinds[turn][classes + c] : 0));
+        for (int64_t r = 0; sums[REFERENCE] && r < 2; r++) {
+            int64_t sum = 0;
+            for (int64_t c = 0; c < classes; c++) sum += of_kinds[turn][r * classes + c];
+            sums[REFERENCE][turn * 2 + r] = whole_of(sum);
+        }
     }
 }
 
@@ -902,16 +1049,17 @@ API int32_t maskpack_in_steps(int64_t count, double step, const double *values, 
         const double *price = prices + COEFFICIENTS * cheapest(count, integers, prices, found);
         found[1] = 0;
         for (int64_t i = 0; i < count; i++) {
-            double error[COEFFICIENTS], cost[COEFFICIENTS];
-            int best = 0;
-            for (int c = 0; c < COEFFICIENTS; c++) {
-                double off = values[i] - places[c];
-                error[c] = nearest(lost[i] * (off * off) * 256) / 256;
-                cost[c] = error[c] + price[c];
+            double own = nearest(values[i] / step);
+            int near = own < -most ? 0 : own > most ? 2 * most : (int)own + most;
+            int first = near < most ? near : most, last = near < most ? most : near, best = first;
+            double least_cost = 0, lost_by = 0;
+            for (int c = first; c <= last; c++) { /* what is farther from 0 has no less of either */
+                double off = values[i] - places[c], error = nearest(lost[i] * (off * off) * 256) / 256;
+                if (c > first && error + price[c] >= least_cost) continue;
+                least_cost = error + price[c], lost_by = error, best = c;
             }
-            for (int c = 1; c < COEFFICIENTS; c++) best = cost[c] < cost[best] ? c : best;
             integers[i] = best - most;
-            found[1] += error[best];
+            found[1] += lost_by;
         }
     }
     return cheapest(count, integers, prices, found);
@@ -921,7 +1069,7 @@ API int32_t maskpack_in_steps(int64_t count, double step, const double *values, 
 typedef struct {
     Fit fit;
     int64_t number, sizes[ARRAYS];        /* of events; of the coefficients of each array */
-    const int64_t *counts[ARRAYS];        /* of events by each coefficient, where a part of the weights is looked at */
+    const int64_t *counts[ARRAYS];        /* of events by each coefficient, where cells are looked at */
     const double *prices;                 /* of coefficients in each table */
     double offset, left_over, *values[ARRAYS], worth[ARRAYS]; /* NULL where an array is not there, or is forgotten */
     int32_t *integers[ARRAYS], codes[ARRAYS];                 /* what is chosen; 0: all are 0 */
@@ -955,11 +1103,11 @@ static void sum_up(Fitting *own, Room *room, int names) {
             room->whole[n][i + (n == REFERENCE)] = (int32_t)nearest(NAT * own->values[n][i]);
         if (names >> n & 1) memset(sums[n] = room->sums[n], 0, (size_t)(2 * bins_of(own, n)) * sizeof(int64_t));
     }
-    if (!own->fit.columns) {
+    if (!own->fit.kinds) {
         maskpack_sums(&own->fit, room->total, sums, room->held);
         return;
     }
-    maskpack_sums_of_part(&own->fit, room->total, sums, room->held);
+    maskpack_sums_of_cells(&own->fit, room->total, sums);
     room->total[0] = ONE * own->number - room->total[0];
     for (int n = 0; n < ARRAYS; n++)
         for (int64_t i = 0; sums[n] && i < bins_of(own, n); i++) sums[n][i] = ONE * own->counts[n][i] - sums[n][i];
@@ -978,7 +1126,7 @@ static void better(Fitting *own, Room *room, int names, const double *priors) {
             double moved = (slope - prior * value) / (curvature + prior), taken = limited(moved);
             own->left_over += exact(curvature * ((moved - taken) * (moved - taken)));
             own->values[n][i] = value = exact(value + taken);
-            double certain = curvature / (curvature + prior), noise = certain * certain * (own->fit.columns ? 1.15 : 0);
+            double certain = curvature / (curvature + prior), noise = certain * certain * (own->fit.kinds ? 1.15 : 0);
             worth += exact(curvature * (value * value) - noise);
         }
         if (names >> n & 1) own->worth[n] = worth / TWICE_LN2;
@@ -1001,6 +1149,7 @@ static double natural(double value) { /* logarithm */
 
 static void start(Fitting *own, Room *room) {
     int names = (own->values[MAGNITUDE] ? 1 << MAGNITUDE : 0) | (own->values[REFERENCE] ? 1 << REFERENCE : 0);
+    if (!names) return;
     sum_up(own, room, names);
     int32_t both = own->fit.curve[(((int32_t)nearest(NAT * own->offset) + 4) >> 3) + EXTREME];
     double p = (double)(both >> 16) / ONE, variance = (double)(both & 0xFFFF) / ONE;
@@ -1066,7 +1215,7 @@ static void round_array(Fitting *own, Room *room, int n, double *lost, int32_t *
 API int32_t maskpack_fit(Fitting *own) {
     static const int last[ARRAYS] = {MAGNITUDE, BEFORE, POSITION, REFERENCE, INPUT, ROW};
     static const int together[3] = {1 << MAGNITUDE | 1 << POSITION | 1 << REFERENCE, 1 << BEFORE, 1 << ROW | 1 << INPUT};
-    int part = own->fit.columns != NULL;
+    int cells = own->fit.kinds > 0;
     int64_t room_for = 2 * own->fit.inputs, longest = 0, at = 0;
     for (int n = 0; n < ARRAYS; n++) {
         room_for += 3 * bins_of(own, n) + 1;
@@ -1082,14 +1231,14 @@ API int32_t maskpack_fit(Fitting *own) {
     double *lost = (double *)(memory + at);
     int32_t *held = (int32_t *)(memory + at + longest);
     room.held = (int32_t *)(memory + at + 2 * longest);
-    if (part) start(own, &room);
+    if (cells) start(own, &room);
     for (int number = 0, done = 0; number < ROUNDS && !done; number++) {
-        for (int group = 0; group < (part ? 1 : 3); group++) {
+        for (int group = 0; group < (cells ? 1 : 3); group++) {
             int names = 0;
-            for (int n = 0; n < ARRAYS; n++) names |= own->values[n] && (part || together[group] >> n & 1) ? 1 << n : 0;
+            for (int n = 0; n < ARRAYS; n++) names |= own->values[n] && (cells || together[group] >> n & 1) ? 1 << n : 0;
             if (names) better(own, &room, names, PRIORS);
         }
-        done = part && own->left_over < 8 * LEAST_WORTH;
+        done = cells && own->left_over < 8 * LEAST_WORTH;
         if (done || number == 1) forget_arrays(own);
     }
     for (int k = 0; k < ARRAYS; k++)
@@ -1097,7 +1246,7 @@ API int32_t maskpack_fit(Fitting *own) {
             better(own, &room, 1 << last[k], NULL);
             round_array(own, &room, last[k], lost, held);
         }
-    for (int turn = part; turn < 2; turn++) better(own, &room, 0, PRIORS);
+    for (int turn = cells; turn < 2; turn++) better(own, &room, 0, PRIORS);
     free(memory);
     return 1;
 }
@@ -1392,7 +1541,7 @@ API void maskpack_at_zeros(int64_t width, int32_t put, const uint8_t *bits, int6
 }
 
 /* Writes the positions of the bits that are set in whole bytes, if there is room for them, and returns how many. */
-API int64_t maskpack_where(const uint8_t *bits, int64_t bytes, int32_t *found) {
+API WIDE int64_t maskpack_where(const uint8_t *bits, int64_t bytes, int32_t *found) {
     int64_t count = 0;
     for (int64_t first = 0; first < bytes; first += 8) {
         uint64_t ones = 0;
@@ -1401,4 +1550,15 @@ API int64_t maskpack_where(const uint8_t *bits, int64_t bytes, int32_t *found) {
         for (; ones && found; ones &= ones - 1) found[count++] = (int32_t)(8 * first + LOWEST(ones));
     }
     return count;
+}
+
+/* Writes the gaps before rising positions, and how many bytes these are is returned: 255 for as many weights without an event. */
+API int64_t maskpack_gaps(int64_t count, const int32_t *where, uint8_t *steps) {
+    int64_t made = 0, next = 0;
+    for (int64_t i = 0; i < count; next = where[i++] + 1) {
+        int64_t gap = where[i] - next;
+        for (; gap >= 255; gap -= 255) steps[made++] = 255;
+        steps[made++] = (uint8_t)gap;
+    }
+    return made;
 }
