@@ -278,7 +278,7 @@ def finalists(trials: Sequence[Trial], sign: int = 1) -> list[Changes]:
 
 
 def together(one: Changes, other: Changes) -> bool:
-    """Return whether two changes can be made both: norms alone have no rate of scores."""
+    """Return True if two changes go together: norms alone have no rate of scores."""
     alone = NORMS in (one, other) and "lr" in {**one, **other}
     return not alone and not one.keys() & other.keys()
 
