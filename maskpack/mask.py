@@ -150,7 +150,7 @@ class PackedMask:
         return bits
 
     def but(self, **changes: Any) -> PackedMask:
-        """Return the mask with other fields, as `replace`, which would fetch what is on a device."""
+        """Return a copy with other fields; unlike `replace` it leaves on a device what is there."""
         found = object.__new__(PackedMask)
         for name in self.__slots__:
             with suppress(AttributeError):
@@ -174,7 +174,7 @@ class PackedMask:
         return replace(bits, op=self.op, alpha=self.alpha, signs=None if signs is None else signs.bits)
 
     def values_of_part(self, values: Tensor, cut: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return those of the values at this mask's zeros, flat, that belong to the part of the weight; see `part`."""
+        """Return the values of a part of the weight, of those at this mask's zeros; flat, the part as in `part`."""
         kept = self.tensor().to(values.device)
         spread = values.new_zeros(self.shape).masked_scatter_(~kept, values)
         return cut(spread)[~cut(kept)]

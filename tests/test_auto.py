@@ -103,12 +103,12 @@ def test_a_search_that_was_killed_goes_on(searched: Searched, digits: Data, tmp_
     assert sorted(one.name for one in (tmp_path / "search").iterdir()) == ["search.json", "trials.jsonl"]
 
 
-def test_a_line_that_was_not_ended_is_no_trial(tmp_path: Path) -> None:
+def test_trials_are_read_back_or_refused(tmp_path: Path) -> None:
     path, trial = tmp_path / "trials.jsonl", Trial({"top": 0.1}, 10, 0.5)
+    assert kept_trials(path) == []
     line = json.dumps({"changes": {"top": 0.1}, "steps": 10, "figure": 0.5}) + "\n"
-    path.write_text(line + line[:20])
+    path.write_text(line)
     assert kept_trials(path) == [trial]
-    assert path.read_text() == line
     path.write_text(line + "{}\n")
     with pytest.raises(StateError, match=r"cannot read the trials in .*; delete it and resume"):
         kept_trials(path)

@@ -83,8 +83,11 @@ class Run(Folder, Packed):
         """Whether the folder may hold an earlier training."""
         return self.resume or self.overwrite
 
-    def clear(self) -> None:
-        """Delete the checkpoints and logs that are to be replaced."""
+    def begin(self, plan: Mapping[str, Any]) -> None:
+        """End a dry run here, with its plan; else delete the checkpoints and logs that are to be replaced."""
+        if self.dry_run:
+            emit(plan, NOTHING_DONE, {})
+            raise typer.Exit
         if self.overwrite and main_process():
             shutil.rmtree(self.output / RUN_FOLDER, ignore_errors=True)
 
@@ -241,9 +244,7 @@ def train(
         search, options = plan_search(loaded, read, learner, auto), {"search_steps": auto}
         plan |= {"search_steps": search.steps, "candidates": len(search.candidates)}
         run.tell(f"Searching for settings first: {len(search.candidates)} candidates, {search.steps:,} steps at most")
-    if run.dry_run:
-        return emit(plan, NOTHING_DONE, {})
-    run.clear()
+    run.begin(plan)
     if taught:
         teacher = run.train(train_teacher, loaded, read, settings, folder)
         settings = replace(settings, objective_options={**settings.objective_options, TEACHER: str(teacher)})
@@ -352,9 +353,7 @@ def train_experts(
     plan = planned(loaded, read, settings, run.tell)
     steps = (cascade.experts + 1) * plan["steps"]
     run.tell(f"A dispatcher and {cascade.experts} experts: about {steps:,} steps in all")
-    if run.dry_run:
-        return emit({**plan, "experts": cascade.experts}, NOTHING_DONE, {})
-    run.clear()
+    run.begin({**plan, "experts": cascade.experts})
     result = run.train(training.train_cascade, loaded, read, settings, experts=cascade.experts, output=folder)
     result = fit_cascade_head(loaded, read, result, combine=cascade.combine, reduce=cascade.reduce)
     adapter = run.save(result, loaded.model, backbone, cascade=result.cascade)
@@ -459,9 +458,7 @@ def transfer(backbone: TrainedBackbone, rows: Rows, settings: Carrying, carried:
     for name, data in (("source", source), ("target", target)):
         run.tell(f"The {name}, {data.id}:")
         plans[name] = planned(loaded, data, settings, run.tell)
-    if run.dry_run:
-        return emit(plans, NOTHING_DONE, {})
-    run.clear()
+    run.begin(plans)
     options = {"weight_lr": carried.weight_lr, "source_trained": trained, "baseline": carried.baseline}
     result = run.train(training.train_transfer, loaded, source, target, settings, start=start, output=output, **options)
     rows_found = transfer_table(result, source, target, batch_size=settings.batch_size)
@@ -525,8 +522,7 @@ def multitask(
     plan = plan_tasks(loaded, read, run.output, **options)
     finished = f"; finished before: {', '.join(plan['finished'])}" if plan["finished"] else ""
     run.tell(f"To train: {', '.join(plan['missing']) or 'nothing'}, {plan['steps']:,} steps{finished}")
-    if run.dry_run:
-        return emit(plan, NOTHING_DONE, {})
+    run.begin(plan)
     result = run.train(training.train_tasks, loaded, read, run.output, **options, profile=run.profile)
     emit(result)
     say(*markdown(result).splitlines())

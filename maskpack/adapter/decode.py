@@ -190,7 +190,7 @@ class Decoder:
         return PackedMask(self.decode(payload, found[-1]), payload.shape, op, alpha, signs)
 
     def mask_on(self, set: str, name: str, weight: Tensor) -> PackedMask:
-        """Decode the mask of a parameter, with zeros, where these weights of the base lie if its codec does so."""
+        """Decode the mask of a parameter, with zeros, on the device of these weights of the base if its codec can."""
         return self.mask(set, name, True, self._there(set, [name], {name: weight}))
 
     def masks(self, set: str, zeros: bool = False) -> Masks:

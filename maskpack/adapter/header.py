@@ -174,7 +174,7 @@ class Payload:
 
 @dataclass(frozen=True, slots=True)
 class SetHeader:
-    """One mask set: payloads sorted by (name, op), the head's JSON object, channels and has-shifts of norms by name."""
+    """A mask set in the index: payloads by (name, op), the head's JSON object, channels and shifts of its norms."""
 
     payloads: tuple[Payload, ...]
     head: Mapping[str, Any] | None = None

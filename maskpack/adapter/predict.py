@@ -27,8 +27,7 @@ Batches = Iterable[tuple[Any, Tensor]]  # model inputs and labels
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The name of the class that an input most likely has, and its probability (softmax), 0 to 1; of a
-    regression the name of its number, and the number.
+    """The most likely class of an input and its probability (softmax); of a regression its number's name and value.
 
     Example:
         load_mask(model, adapter)

@@ -446,7 +446,7 @@ def _config_bytes(adapter: Adapter) -> bytes:
 
 @contextmanager
 def _folder(path: Path) -> Iterator[None]:
-    """Make a folder; if it is new and the block fails, it goes again."""
+    """Make a folder within the context; a new one is removed if the block fails."""
     new = not path.exists()
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)

@@ -65,7 +65,7 @@ class Snapshot:
         return (entry.size, entry.blob_id) == (len(content), digest.hexdigest())
 
     def fetch(self, *names: str) -> Files:
-        """Bring those of some files that are there into the cache; return path and bytes of each, as they are listed.
+        """Bring files that the repository lists into the cache; return path and bytes of each.
 
         The client compares nothing but the length, and takes what it finds in the cache: a file that differs, or
         cannot be read, is fetched a second time. If one is too large, none is fetched.
@@ -108,7 +108,7 @@ class Snapshot:
         return {path.name: (path, self.read(path)) for path in paths if os.path.lexists(path)}
 
     def read(self, path: Path) -> bytes | memoryview:
-        """Read a file of the cache; one that leads out of it was planted: links within it are normal."""
+        """Read a file of the cache, which may be a link within it; HubError if it leads out of it."""
         root, target = os.path.realpath(self.store.root), os.path.realpath(path)
         if os.path.commonpath([root, target]) != root:
             raise HubError(f"{path} leads out of the cache {root}, to {target}; delete that entry and pull again")

@@ -32,7 +32,7 @@ Per = Literal["module", "block"]
 
 
 def grouped(module: nn.Module, per: Per = "module", names: Iterable[str] | None = None) -> dict[str, list[str]]:
-    """Return modules or blocks, in the network's order, each with the names of its parameters, of those in `names`.
+    """Return the parameters in `names` by module or block, in the network's order.
 
     A module is a layer that has parameters of two or more dimensions, with all its own parameters, together with the
     norm that stands directly behind it in the same parent (a layer whose parameters all have one dimension). Other
@@ -106,8 +106,10 @@ def body_of(module: nn.Module) -> nn.Module:
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and persistent buffers of a module by name, tied ones once; those of a classifier by the
-    names that they have in its backbone."""
+    """Return the parameters and persistent buffers of a module by name, tied ones once.
+
+    Those of a classifier have the names that they have in its backbone.
+    """
     model = body_of(module)
     first = aliases(model)
     state = model.state_dict(keep_vars=True)

@@ -154,8 +154,10 @@ def mistakes(evaluations: Evaluations, networks: Sequence[Network], report: Prog
 
 
 def distances(networks: Sequence[Network], groups: Mapping[str, Sequence[str]], base: State) -> list[dict[str, Any]]:
-    """Return for every pair of networks {"first", "second", "kinds", "parameters": as `parameter_distance`} and, if
-    both are masks, "masks": as `mask_distance`. `base`: parameters of the backbone.
+    """Return the distances of every pair of networks; `base` are the parameters of the backbone.
+
+    Each is {"first", "second", "kinds", "parameters": as `parameter_distance`} and, if both are masks, "masks": as
+    `mask_distance`.
 
     Example:
         pairs = distances(networks, grouped(classifier), networks[0].initial)

@@ -159,7 +159,7 @@ def check_result(found: Measured, last: Adapter) -> None:
 
 
 def with_earlier(newest: Adapter, check: Callable[[Adapter], object], options: PullOptions) -> list[Adapter]:
-    """Return a patch behind those of earlier commits that it stands on, back to one that fits the model's weights.
+    """Return the chain that ends in a patch: from the earlier commit whose patch fits the model's weights on.
 
     `check` raises BackboneMismatchError for one that does not.
     """

@@ -13,6 +13,7 @@ from torch import nn
 from ..adapter.content import FIGURES
 from ..backbone.load import Backbone
 from ..errors import ConfigError, StateError, TrainingError
+from ..safetensors_io import write_file
 from .budget import coded_bytes
 from .config import ALL, TOP, TrainConfig, config_from
 from .data.base import HELD, Data, hold_out
@@ -106,8 +107,7 @@ class Search:
         trial = self.measured(changes, steps, RunFolder(RunOptions(**{**own, "report": moved})))
         self.trials.append(trial)
         if self.folder is not None and is_main_process():
-            with (self.folder / TRIALS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(trial)) + "\n")
+            write_file(self.folder / TRIALS, "".join(json.dumps(asdict(one)) + "\n" for one in self.trials))
             shutil.rmtree(str(own["output"]))
         if report is not None and is_main_process():
             report({"event": "trial", "part": part, self.figure: trial.figure})
@@ -278,7 +278,7 @@ def finalists(trials: Sequence[Trial], sign: int = 1) -> list[Changes]:
 
 
 def together(one: Changes, other: Changes) -> bool:
-    """Return whether two changes can be made both: norms alone have no rate of scores."""
+    """Return True if two changes go together: norms alone have no rate of scores."""
     alone = NORMS in (one, other) and "lr" in {**one, **other}
     return not alone and not one.keys() & other.keys()
 
@@ -298,15 +298,10 @@ def in_words(changes: Changes) -> str:
 
 
 def kept_trials(path: Path) -> list[Trial]:
-    """Return the trials in a file, without a last line that a killed process did not end."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text and is_main_process():
-        path.write_text(whole, encoding="utf-8")
+    """Return the trials in a file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     try:
-        return [Trial(**json.loads(line)) for line in whole.splitlines()]
+        return [Trial(**json.loads(line)) for line in lines]
     except (ValueError, TypeError) as error:
         raise StateError(
             f"cannot read the trials in {path}: {error}; delete it and resume: they are made again"

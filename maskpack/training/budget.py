@@ -41,8 +41,10 @@ def coded_bits(mask: Tensor) -> Tensor:
 
 
 def _entropy(share: Tensor, count: int) -> Tensor:
-    """Binary entropy in bits of shares of `count`; straight below half a one and above all but that, so that its slope
-    is finite and it is 0 at both ends."""
+    """Return the binary entropy, in bits, of shares of `count`.
+
+    It is straight below half a one and above all but that, so that its slope is finite and it is 0 at both ends.
+    """
     least = 0.5 / count
     p = share.clamp(least, 1 - least)
     entropy = -(p * p.log2() + (1 - p) * (1 - p).log2())

@@ -56,7 +56,7 @@ def figures(
     answers: int | None = None,
     batch_size: int = 64,
 ) -> dict[str, Any]:
-    """Return the figures of an adapter, which is put on its backbone and stays there, or of a backbone alone, on data.
+    """Return the figures of an adapter on data, which it then stays loaded for, or of a backbone alone.
 
     Args:
         split: of which an adapter's accuracy, or the figure of its task, is measured, if it has a head.
@@ -99,7 +99,7 @@ def adapter_logits(
         outputs, labels = zip(*((together.logits(inputs), y) for inputs, y in batches), strict=True)
         return torch.cat(outputs), torch.cat(labels)
     head = None if stored is None else adapter.parts(stream=True).head
-    return Supervised.logits(backbone, examples, head, batch_size)
+    return Supervised.outputs(backbone, examples, head, batch_size)
 
 
 def held_out_accuracy(backbone: Backbone, data: Data, batch_size: int = 64) -> float | None:

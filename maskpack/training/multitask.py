@@ -347,7 +347,7 @@ def train_jointly(
 
 
 def trained_backbone(backbone: Backbone) -> Backbone:
-    """Return a backbone that tasks learned on under another name: its weights are not those that its own stands for."""
+    """Return a backbone whose weights tasks have changed under another name than that of its first weights."""
     return replace(backbone, id=f"trained:{backbone.id}", revision=None)
 
 

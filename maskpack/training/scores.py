@@ -4,7 +4,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType, MethodType
 from typing import Any
 
@@ -76,22 +76,6 @@ def take_off(model: nn.Module, kind: type[nn.Module], orders: Iterable[Orders]) 
             module._parameters = {name: module._parameters[name] for name in names}
 
 
-@dataclass(frozen=True, eq=False)
-class Recipe:
-    """How to recompute an effective weight, in place of what an operation saved for its backward pass.
-
-    Attributes:
-        make: gives the weight, without gradients, from the `sources`, which had these `versions`.
-        shape, stride: of what the operation saved.
-    """
-
-    make: Callable[[], Tensor]
-    sources: tuple[Tensor, ...]
-    versions: tuple[int, ...]
-    shape: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-
-
 @dataclass(eq=False)
 class Recompute:
     """Recomputes masked weights in backward passes, so that no second copy of the weights is in memory.
@@ -100,7 +84,7 @@ class Recompute:
     `made` are the weights of this forward pass, by address.
     """
 
-    made: dict[int, tuple["weakref.ref[Tensor]", Recipe]] = field(default_factory=dict)
+    made: dict[int, tuple["weakref.ref[Tensor]", Callable[[], Tensor]]] = field(default_factory=dict)
     _open: list[saved_tensors_hooks] = field(default_factory=list)
 
     def watch(self, model: nn.Module) -> Iterator[Any]:
@@ -110,14 +94,25 @@ class Recompute:
             yield one.register_forward_hook(self._end, always_call=True)
 
     def note(self, result: Tensor, make: Callable[[], Tensor], *sources: Tensor) -> None:
-        """Remember how an effective weight was made, within a forward pass."""
-        if self._open:
-            recipe = Recipe(make, sources, tuple(source._version for source in sources))
-            self.made[result.data_ptr()] = weakref.ref(result), recipe
+        """Remember how an effective weight was made from its sources, within a forward pass."""
+        if not self._open:
+            return
+        versions = [source._version for source in sources]
+
+        def again() -> Tensor:
+            if [source._version for source in sources] != versions:
+                raise TrainingError(
+                    "scores or weights were changed between the forward pass and its backward pass, which makes the "
+                    "masked weight from them again; call backward() before optimizer.step()"
+                )
+            with torch.no_grad():
+                return make()
+
+        self.made[result.data_ptr()] = weakref.ref(result), again
 
     def _begin(self, *_: object) -> None:
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            hooks = saved_tensors_hooks(self._pack, unpack)
+            hooks = saved_tensors_hooks(self._pack, lambda saved: saved())
             hooks.__enter__()
             self._open.append(hooks)
 
@@ -126,25 +121,15 @@ class Recompute:
             self._open.pop().__exit__()
             self.made.clear()
 
-    def _pack(self, tensor: Tensor) -> Tensor | Recipe:
-        noted = self.made.get(tensor.data_ptr())
+    def _pack(self, tensor: Tensor) -> Callable[[], Tensor]:
+        made, again = self.made.get(tensor.data_ptr(), (None, None))
+        weight = None if made is None else made()
         # an address may be another tensor's by now
-        if noted is None or noted[0]() is None or tensor.numel() != noted[0]().numel():  # type: ignore[union-attr]
-            return tensor.detach()  # the tensor itself would be a cycle of references where it is an output
-        return replace(noted[1], shape=tuple(tensor.shape), stride=tensor.stride())
-
-
-def unpack(saved: Tensor | Recipe) -> Tensor:
-    """Return a tensor that autograd saved; TrainingError if what a weight is recomputed from was changed since."""
-    if isinstance(saved, Tensor):
-        return saved
-    if any(source._version != version for source, version in zip(saved.sources, saved.versions, strict=True)):
-        raise TrainingError(
-            "scores or weights were changed between the forward pass and its backward pass, which makes the masked "
-            "weight from them again; call backward() before optimizer.step()"
-        )
-    with torch.no_grad():
-        return saved.make().as_strided(saved.shape, saved.stride)
+        if again is None or weight is None or tensor.numel() != weight.numel():
+            kept = tensor.detach()  # the tensor itself would be a cycle of references where it is an output
+            return lambda: kept
+        shape, stride = tuple(tensor.shape), tensor.stride()
+        return lambda: again().as_strided(shape, stride)
 
 
 def rounded(values: Tensor) -> Tensor:

@@ -87,20 +87,7 @@ class Supervised(Objective):
     @classmethod
     def measured(cls, backbone: Backbone, examples: Examples, head: Head | None, batch_size: int) -> dict[str, Any]:
         """Return accuracies as `by_class` over the examples that can be read."""
-        return by_class(*cls.logits(backbone, examples, head, batch_size))
-
-    @classmethod
-    def logits(
-        cls, backbone: Backbone, examples: Examples, head: Head | None, batch_size: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return the logits that a backbone gives that has an adapter loaded, and the labels."""
-        logits, y = cls.outputs(backbone, examples, head, batch_size)
-        if int(y.max()) >= logits.shape[1]:
-            raise DataError(
-                f"the adapter's head has {logits.shape[1]} classes and no names for them, and the data have a class "
-                f"{int(y.max())} (counted from 0); measure it on the data that it was made for"
-            )
-        return logits, y
+        return by_class(*cls.outputs(backbone, examples, head, batch_size))
 
     @classmethod
     def outputs(
@@ -113,7 +100,13 @@ class Supervised(Objective):
                 "by k-NN or a linear probe (--knn, --probe)"
             )
         batches = loader(examples, backbone.preprocess, backbone.tokenizer, batch_size=batch_size)
-        return predictions(classifier_from(backbone.model, head), readable(batches))
+        found, y = predictions(classifier_from(backbone.model, head), readable(batches))
+        if not y.is_floating_point() and int(y.max()) >= found.shape[1]:
+            raise DataError(
+                f"the adapter's head has {found.shape[1]} classes and no names for them, and the data have a class "
+                f"{int(y.max())} (counted from 0); measure it on the data that it was made for"
+            )
+        return found, y
 
     def settle(self) -> bool:
         return self.config.head_kind in ("linear", "text") and settle_head(self.module.linear, self.config.store)
