@@ -15,8 +15,9 @@ bits on every machine: use integers, or floats whose sums are exact. Several thr
 than codec, op, reference; `type(codec)(**codec.config())` must decode what `codec` encoded, and raise
 ConfigError or TypeError on impossible settings. Ids are unique and permanent: what an id decodes today it always does.
 
-**Profiles.** The codecs that `candidates` names for a profile compete, and the smallest payload of each parameter wins:
-`fast`, `default` (without the base) or `max` (may use the base); all decode at 100 million weights a second or more.
+**Profiles.** The codecs that `candidates` names for a profile compete, and the smallest payload of each parameter wins,
+of a patch without the base to within a hundredth: `fast`, `default` (without the base) or `max` (may use the base); all
+decode at 100 million weights a second or more.
 """
 
 import math
