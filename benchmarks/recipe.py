@@ -328,6 +328,14 @@ STAGES: dict[str, list[tuple[str, Settings]]] = {
         {"kind": "full", "lr": 0.001, "bn": "adapt"},
         {**ALL, "bn": "adapt", "lr": 0.1},
     ),
+    # a small network without norms of its own, or with slower ones
+    "bare": stage(
+        tuple(f"resnet20-{name}" for name in SMALL_SETS),
+        {**ALL, "bn": "adapt", "lr": 0.1, "train": []},
+        {**ALL, "bn": "adapt", "lr": 0.1, "train_lr": 0.003},
+        {**ALL, "bn": "adapt", "lr": 0.1, "train_lr": 0.001},
+        {**ALL, "bn": "adapt", "lr": 0.2, "train": []},
+    ),
     "more": stage(("lite0-eurosat", "lite0-sign_digits", "lite0-cartoon"), NORMS, MASK, ALL)
     + stage(("minilm-banking77",), *mixed(NORMS, MASK, ALL)),
     "large": stage(

@@ -235,6 +235,12 @@ def test_pack_refuses_what_are_no_masks(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_pack_looks_for_the_file_before_it_loads_the_backbone(tmp_path: Path) -> None:
+    none = tmp_path / "none.safetensors"
+    result = run("pack", none, "--backbone", f"hf/{tmp_path}/no-model", "--output", tmp_path / "out")
+    assert f"there is no file {none}" in " ".join(result.stderr.split())
+
+
 def test_pack_from_a_pruned_network(adapter: Path, tmp_path: Path) -> None:
     dense = tmp_path / "dense.safetensors"
     ok("export", adapter, "--output", dense, *BACKBONE)
@@ -292,7 +298,7 @@ def test_pack_and_convert_make_each_mask_once_and_show_how_far_they_are(
     IMPORTERS.all()
     monkeypatch.setitem(IMPORTERS._classes, "counted", Counted)
     monkeypatch.setattr(adapters, "progress_bar", bar)
-    ok("pack", "masks", "--from", "counted", *BACKBONE, "--output", tmp_path / "a")
+    ok("pack", tmp_path, "--from", "counted", *BACKBONE, "--output", tmp_path / "a")
     assert made == list(shapes), "one walk over the masks: none for their shapes or their density"
     assert seen == [("Packing", True), (864, 19296), (19296, 19296)]
     seen.clear()
@@ -623,6 +629,12 @@ def test_help_has_examples_for_every_verb() -> None:
         text = run(verb, "--help").stdout
         assert "Examples:" in text
         assert f"maskpack {verb}" in text
+
+
+def test_help_says_in_words_that_the_default_is_default() -> None:
+    shown = " ".join(run("pack", "--help").stdout.replace("│", " ").split())
+    assert "[default: default]" not in shown
+    assert "[default: (the one of that name)]" in shown
 
 
 def test_version() -> None:

@@ -17,6 +17,7 @@ from maskpack.codecs import native
 from maskpack.codecs.base import CODECS, PROFILES, Bits, Codec, Side, words_of
 from maskpack.codecs.choose import _hopeless, rivals, smallest
 from maskpack.codecs.classes import weight_classes
+from maskpack.codecs.logit import Logit
 from maskpack.codecs.raw import Raw
 from maskpack.codecs.zstd import Zstd
 from maskpack.errors import ConfigError, CorruptAdapterError, UnknownNameError
@@ -228,6 +229,27 @@ class TestClasses:
         signs = np.array([0, 1, 0, 1, 0, 0, 1, 0]) * 128
         assert weight_classes(bits).tolist() == (np.array([16, 16, 48, 48, 72, 112, 88, 112]) + signs).tolist()
         assert weight_classes(bits[:0]).size == 0
+
+
+@pytest.mark.parametrize("shape", [(300, 400), (90_000,), (64, 700), (1, 5000), (700, 1), (0, 3)])
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_a_codec_takes_hardly_less_than_it_says(shape: tuple[int, ...], spread: float) -> None:
+    rng, rows = np.random.default_rng(4), shape[0] if len(shape) > 1 else 1
+    by_row, by_input = (rng.standard_normal(one) for one in ((rows, 1), math.prod(shape) // max(rows, 1)))
+    events = rng.random((rows, by_input.size)) < 0.05 * np.exp(spread * (by_row + by_input))
+    bits, side = np.packbits(~events.reshape(-1), bitorder="little"), Side(shape)
+    for codec in INSTANCES:
+        if not codec.needs_base and (payload := codec.encode(bits, side)) is not None:
+            assert codec.at_least(bits, side) <= len(payload)
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_a_patch_is_not_coded_again_for_a_hundredth(lean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    bits = np.packbits(np.random.default_rng(5).random(400_000) > 0.03, bitorder="little")
+    asked, encode = list[str](), Logit.encode
+    monkeypatch.setattr(Logit, "encode", lambda *given: asked.append("logit") or encode(*given))
+    found = smallest(rivals("default", None, False), [(bits, Side((800, 500), lean=lean))])
+    assert (found.codec.id, asked) == (("gap", []) if not lean else ("logit", ["logit"]))
 
 
 @pytest.mark.parametrize("density", [0.0, 0.0005, 0.02, 0.7])

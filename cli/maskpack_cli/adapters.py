@@ -11,7 +11,7 @@ import typer
 
 import maskpack
 from maskpack import training
-from maskpack.errors import ConfigError, UnknownNameError
+from maskpack.errors import ConfigError, DataError, UnknownNameError
 from maskpack.training.config import Bytes
 
 from .console import Output, app, emit, hint, lines, note, progress_bar, reading, say, table
@@ -314,6 +314,8 @@ def pack(
             f"--keep, --budget and --ternary are for --from checkpoint, and this is --from {source}; leave them out"
         )
     check_free(output, overwrite)
+    if not masks.exists():  # before the backbone is loaded
+        raise DataError(f"there is no file {masks}; give the path of the {source} to pack")
     loaded = backbone.load(mapped=source in PATCHES)
     imported = import_file(masks, loaded.model, source, scale=scale)
     found, patch = imported.masks, bool(imported.values)

@@ -131,6 +131,10 @@ class Codec(ABC):
     def encode(self, bits: Bits, side: Side) -> bytes | None:
         """Return the payload of packed bits, or None if the codec is not made for such a mask."""
 
+    def at_least(self, bits: Bits, side: Side) -> float:
+        """Return a number of bytes that a payload hardly takes fewer than, if that is quickly known; else 0."""
+        return 0
+
     @abstractmethod
     def decode(self, data: Bytes, side: Side) -> Bits:
         """Return the packed bits of a payload, or raise CorruptAdapterError."""

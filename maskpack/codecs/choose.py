@@ -9,6 +9,7 @@ from ..errors import ConfigError, check_choice
 from .base import CODECS, Bits, Codec, Profile, Side, matrix_shape, plausible
 
 PIECE, PIECES, FAR = 1024, 4, 1.5  # bytes of packed bits, and how often the best codec's are too many
+NEAR = 1.04  # of what a codec takes at least; a patch that is as small by a quicker codec is not coded by it as well
 
 
 class Offer(NamedTuple):
@@ -26,19 +27,20 @@ def smallest(codecs: Sequence[Codec], variants: Sequence[tuple[Bits, Side]]) -> 
         variants: packed bits and their sides: those of the mask, and others that it can be had from.
 
     Returns:
-        The offer; ties go to the earlier variant, then to the id that sorts first.
+        The offer; ties go to the earlier variant, then to the id that sorts first. Of a patch without the base another
+        codec's payload may have a hundredth less.
 
     Raises:
         ConfigError: if every codec declines the mask.
     """
     offers = list[Offer]()
-    for codec in sorted(codecs, key=lambda codec: codec.local):
+    patch = not variants[0][1].lean and not any(codec.needs_base for codec in codecs)
+    for codec in sorted(codecs, key=lambda codec: codec.local != patch):
         for variant, (bits, side) in enumerate(variants):
-            if (
-                codec.local
-                and offers
-                and _hopeless(codec, bits, side.shape, min(len(offer.payload) for offer in offers))
-            ):
+            best = min((len(offer.payload) for offer in offers), default=None)
+            if best is not None and codec.local and _hopeless(codec, bits, side.shape, best):
+                continue
+            if best is not None and patch and best <= NEAR * codec.at_least(bits, side):
                 continue
             if (payload := codec.encode(bits, side)) is not None and plausible(payload, side.count):
                 offers.append(Offer(codec, payload, variant))

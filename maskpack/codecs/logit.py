@@ -31,7 +31,7 @@ from .base import (
     words_of,
 )
 from .lanes import LEVELS, STRIDE, Lanes, hazards_of, pointers, symbols, tables, words
-from .logit_fit import Fitted, fitted
+from .logit_fit import Fitted, fitted, margins
 from .logit_model import (
     GROUP,
     HIGHEST,
@@ -63,6 +63,15 @@ class Logit(Codec):
 
     def encode(self, bits: Bits, side: Side) -> bytes | None:
         return encode(bits, side, self.needs_base)
+
+    def at_least(self, bits: Bits, side: Side) -> float:
+        grid = Grid.of(side.shape)
+        if self.needs_base or side.reference is not None or grid.positions > 1 or not grid.units:
+            return 0
+        # the entropy of the whole, without what rows alone and inputs alone tell, noise included
+        by_row, by_input = margins(grid, bits)
+        whole = _entropy(by_row.sum(keepdims=True), grid.units)
+        return max(0.0, _entropy(by_row, grid.inputs) + _entropy(by_input, grid.rows) - whole) / 8
 
     def decode(self, data: Bytes, side: Side) -> Bits:
         return decode(data, side, self.needs_base)
@@ -370,3 +379,9 @@ def lane_count(grid: Grid, events: int) -> int:
     share = events / weights
     size = -weights * (share * math.log2(share) + (1 - share) * math.log2(1 - share)) / 8
     return min(-(-grid.units // GROUP), max(-(-grid.units // MAX_LANE), round(size / LANE_BYTES), 1))
+
+
+def _entropy(events: Numbers, each: int) -> float:
+    """Return the bits of the entropies of so many weights each, of which so many have an event."""
+    share = np.clip(events / each, 1e-9, 1 - 1e-9)
+    return float(-each * (share * np.log2(share) + (1 - share) * np.log2(1 - share)).sum())

@@ -6,6 +6,7 @@ bytes on every machine, whatever its libraries and threads.
 
 import ctypes
 import math
+import types
 from collections.abc import Mapping, Sequence
 from ctypes import byref, c_double, c_int64, c_void_p
 from functools import cache, cached_property
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import native
-from .base import Bits, count_ones, where_ones
+from .base import Bits, count_ones, flipped, where_ones
 from .lanes import BITS, LEVELS, ONE, RANGE, tables
 from .logit_model import (
     CLASSES,
@@ -170,15 +171,9 @@ class Fit:
     @cached_property
     def counts(self) -> dict[str, Longs]:
         """How many events each row, input and class has, without kernels."""
-        found = {name: np.zeros(BINS.get(name, self.sizes[name]), dtype=np.int64) for name in self.values}
-        if (compiled := native.library()) is not None:
-            bits, arrays = np.ascontiguousarray(self.bits), (_addresses(self.index), _addresses(found))
-            compiled.maskpack_counts(c_int64(self.grid.inputs), native.pointer(bits), c_int64(bits.size), *arrays)
-            return found
-        places = where_ones(self.bits)
-        of = {"row": places // self.grid.inputs, "input": places % self.grid.inputs}
-        of |= {name: own.reshape(-1)[places] for name, own in self.index.items()}
-        return {name: np.bincount(of[name], minlength=own.size) for name, own in found.items()}
+        return counted(
+            self.grid, self.bits, {name: BINS.get(name, self.sizes[name]) for name in self.values}, self.index
+        )
 
     def sums(self, names: Sequence[str], residuals: Probes | None = None, variances: Probes | None = None) -> Sums:
         """Return what a step of Newton's asks for, summed up over all weights.
@@ -431,6 +426,28 @@ def fitted(grid: Grid, known: Known, bits: Bits, lean: bool = True) -> Fitted:
     for _ in range(1 if fit.cells else 2):
         fit.better(())
     return assembled(fit, chosen)
+
+
+def counted(
+    grid: Grid, bits: Bits, sizes: Mapping[str, int], index: Mapping[str, Bits] = types.MappingProxyType({})
+) -> dict[str, Longs]:
+    """Return how many events the rows, inputs and kinds of weights have, of a parameter without kernels."""
+    found = {name: np.zeros(size, dtype=np.int64) for name, size in sizes.items()}
+    if (compiled := native.library()) is not None:
+        own, arrays = np.ascontiguousarray(bits), (_addresses(index), _addresses(found))
+        compiled.maskpack_counts(c_int64(grid.inputs), native.pointer(own), c_int64(own.size), *arrays)
+        return found
+    places = where_ones(bits)
+    of = {"row": places // grid.inputs, "input": places % grid.inputs}
+    of |= {name: own.reshape(-1)[places] for name, own in index.items()}
+    return {name: np.bincount(of[name], minlength=own.size) for name, own in found.items()}
+
+
+def margins(grid: Grid, bits: Bits) -> tuple[Longs, Longs]:
+    """Return how many of the rarer bits each row and each input of a parameter without kernels has."""
+    symbol = int(2 * count_ones(bits) <= grid.units)
+    found = counted(grid, bits if symbol else flipped(bits, grid.units), {"row": grid.rows, "input": grid.inputs})
+    return found["row"], found["input"]
 
 
 def _chosen(compiled: ctypes.CDLL, fit: Fit) -> dict[str, Rounded]:
