@@ -40,7 +40,7 @@ def matrix(x: float, y: float, values: Sequence[Sequence[float | None]], colour:
 
 
 def way() -> tuple[int, int, str]:
-    """Draw an adapter's way, from the base to the task and back."""
+    """An adapter's way: from the base to the task and back."""
     return (
         800,
         250,
@@ -64,7 +64,7 @@ def way() -> tuple[int, int, str]:
 
 
 def mask() -> tuple[int, int, str]:
-    """Draw a weight, its mask, and what the layer computes with."""
+    """A weight, its mask, and what the layer computes with."""
     draw = random.Random(3)
     weights = [[draw.uniform(0.15, 1) for _ in range(7)] for _ in range(6)]
     bits = [[draw.random() < 0.75 for _ in range(7)] for _ in range(6)]
@@ -85,7 +85,7 @@ def mask() -> tuple[int, int, str]:
 
 
 def values() -> tuple[int, int, str]:
-    """Draw what becomes of the weights that a mask removes."""
+    """What becomes of the weights that a mask removes."""
     draw = random.Random(5)
     weights = [[draw.uniform(0.25, 1) for _ in range(4)] for _ in range(4)]
     gone = [[draw.random() < 0.35 for _ in range(4)] for _ in range(4)]
@@ -120,7 +120,7 @@ STORED = {"ResNet-20, sketches": (901, 1243, 462, 20895), "EfficientNet-Lite0, E
 
 
 def stored() -> tuple[int, int, str]:
-    """Draw the bytes of two adapters, part by part."""
+    """The bytes of two adapters, part by part."""
     parts, most = [], max(map(sum, STORED.values()))
     colours = {"index": GREY, "norms and statistics": ORANGE, "head": GREEN, "masks": BLUE}
     for at, (name, sizes) in enumerate(STORED.items()):
@@ -140,7 +140,7 @@ def stored() -> tuple[int, int, str]:
 
 
 def bank() -> tuple[int, int, str]:
-    """Draw one model with many resident masks and one switch at a time."""
+    """One model, many resident masks, one switch at a time."""
     names = ["flowers", "sketches", "digits"]
     rows = [box(20, 20 + 62 * at, 170, 48, ORANGE, [name, "one bit a weight"]) for at, name in enumerate(names)]
     return (
