@@ -634,7 +634,7 @@ def test_help_has_examples_for_every_verb() -> None:
 def test_help_says_in_words_that_the_default_is_default() -> None:
     shown = " ".join(run("pack", "--help").stdout.replace("│", " ").split())
     assert "[default: default]" not in shown
-    assert "[default: (the one of that name)]" in shown
+    assert "[default: (the profile default)]" in shown
 
 
 def test_version() -> None:

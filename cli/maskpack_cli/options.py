@@ -180,8 +180,8 @@ def _option(
     if get_origin(kind) is list and isinstance(info, OptionInfo):
         text = f"{text} May be repeated."
         default = None if default == () or default is MISSING else default
-    if default == "default":  # a word of its own would be read twice
-        info.show_default = "the one of that name"
+    if default == "default":  # "[default: default]" says nothing
+        info.show_default = f"the {name} default"
     info.help, info.rich_help_panel = text, info.rich_help_panel or panel
     default = inspect.Parameter.empty if default is MISSING else default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
