@@ -19,9 +19,10 @@ from maskpack.backbone.load import Backbone, load_backbone
 from maskpack.backbone.model import Embedding, swap_module
 from maskpack.errors import BackboneError, ConfigError, DataError
 from maskpack.preprocess import ImagePreprocess
-from maskpack.training import attach_scores, extract_masks, features
-from maskpack.training.data.base import Data, few_labels, load_data, loader, readable
+from maskpack.training import TrainConfig, attach_scores, extract_masks, features
+from maskpack.training.data.base import Data, Examples, few_labels, load_data, loader, readable
 from maskpack.training.features import FeatureCacheWarning, embed
+from maskpack.training.objectives.supervised import Supervised
 
 from .conftest import TinyNet
 
@@ -247,6 +248,22 @@ def test_a_loaded_mask_has_its_own_features_and_the_base_gets_its_back(
     calls = computed(monkeypatch)
     assert torch.equal(embed(tiny_backbone, digits.test)[0], plain)
     assert not calls
+
+
+def test_the_start_of_a_head_behind_an_encoder_does_not_read_the_data_again(
+    tiny_backbone: Backbone, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert digits.train is not None
+    embed(tiny_encoder := replace(tiny_backbone, embedding=Embedding("fc", normalize=True)), digits.train)
+    read, fetch = list[object](), Examples.__getitem__
+    monkeypatch.setattr(
+        Examples, "__getitem__", lambda examples, index: (read.append(index), fetch(examples, index))[1]
+    )
+    objective = Supervised(tiny_encoder, digits, TrainConfig())
+    attach_scores(tiny_encoder.model)
+    objective.start()
+    assert not read
+    extract_masks(tiny_encoder.model)
 
 
 def test_what_cannot_be_told_is_not_cached(tiny_backbone: Backbone, digits: Data, cache: Path) -> None:

@@ -232,7 +232,7 @@ def test_every_tensor_is_checked(change: Callable[[Header], Any], match: str, va
 def test_what_fuzzing_found(valid: bytes, tmp_path: Path) -> None:
     training = {"data": 5, "metrics": {"accuracy": 10**400, "f1": 0.5}}  # the card broke on both
     adapter = use(write(tmp_path, with_header(valid, lambda header: header.update(training=training))))
-    assert "| f1 | 0.5 |" in render_card(inspect_adapter(adapter)).replace("\\", "")
+    assert "| f1 | 0.5000 |" in render_card(inspect_adapter(adapter)).replace("\\", "")
     bomb = with_payload(valid, b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", 1 << 25))  # room for 32 MiB would be made
     bomb = with_header(bomb, lambda header: one(header).update(shapes=[[1 << 28], [17]]))
     refuse(tmp_path, bomb, "a zstd payload of 13 bytes declares 33554432 bytes as its size; no frame that short")

@@ -225,7 +225,7 @@ def test_no_source_without_values(tmp_path: Path) -> None:
     before = bits(backbone.model)
     with pytest.raises(AdapterError, match="replaces no weights; mode='source' is for"):
         load_mask(backbone.model, adapter, mode="source")
-    with pytest.raises(ConfigError, match="mode target or source; got .*both"):
+    with pytest.raises(ConfigError, match="mode must be one of target, source, got .both"):
         load_mask(backbone.model, adapter, mode="both")  # type: ignore[arg-type]
     assert same(bits(backbone.model), before)
     assert source_classes(adapter) is None

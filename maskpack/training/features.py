@@ -40,16 +40,18 @@ class FeatureCacheWarning(UserWarning):
     """Warned when a file of the feature cache is damaged or cannot be written; the features are right all the same."""
 
 
-def embed(backbone: Backbone, examples: Examples, *, batch_size: int = 64, cache: bool = True) -> tuple[Tensor, Tensor]:
+def embed(
+    backbone: Backbone, examples: Examples, *, batch_size: int = 64, cache: bool = True, key: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the features of the examples that can be read, (N, D) float32, and their labels, (N,).
 
     Features are the inputs of the head, of the model as it is now (a mask loaded or not), in evaluation mode, without
     augmentation. With `cache` they are kept in `cache_folder()`, but of data without a digest and of models with
-    scores.
+    scores, unless their `features_key` from before they had scores is given.
     """
     # made first, so that data of the wrong kind are an error on a hit as well
     batches = loader(examples, backbone.preprocess, backbone.tokenizer, batch_size=batch_size)
-    key = _key(backbone, examples) if cache else None
+    key = key or (features_key(backbone, examples) if cache else None)
     found = None if key is None else kept_features(key, len(examples))
     if found is None:
         x, y = embeddings(backbone, readable(batches))
@@ -87,7 +89,8 @@ def routed(x: Tensor, parts: Cascade) -> Tensor:
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
-def _key(backbone: Backbone, examples: Examples) -> str | None:
+def features_key(backbone: Backbone, examples: Examples) -> str | None:
+    """Return the name of features in the cache; None if model, tokenizer or rows have no digest."""
     model = model_digest(backbone.model, backbone.outside)
     inputs = inputs_content(backbone, examples)
     if model is None or inputs is None:

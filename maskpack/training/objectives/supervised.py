@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor, nn
 
-from ...backbone.classifier import Classifier, accuracy, classifier_from, embeddings, linear_from, predictions
+from ...backbone.classifier import Classifier, accuracy, classifier_from, linear_from, predictions
 from ...backbone.load import Backbone, export_state, load_tensors, text_head
 from ...backbone.model import MAX_WEIGHTS, Head, RandomWeight, random_weight
 from ...errors import AdapterError, ConfigError, DataError
@@ -18,11 +18,11 @@ from ...registry import Options, Positive, Share
 from ...safetensors_io import read_tensors
 from ..config import WEIGHT_LR, TrainConfig
 from ..data.base import LABEL_NAMES, Data, Examples, find_input, loader, no_column, readable
-from ..features import SPLITS, Probe, by_class, embed, fit_probe, probe_accuracies
+from ..features import SPLITS, Probe, by_class, embed, features_key, fit_probe, probe_accuracies
 from ..methods.base import build_method
 from ..own_loop import extract_masks
 from ..run_folder import PartOptions, is_main_process, part_options
-from ..scores import attach, scored_weights
+from ..scores import attach, scored_weights, without_scores
 from ..stored import kept_head, settle_head
 from .base import OBJECTIVES, Objective
 
@@ -48,6 +48,7 @@ class Supervised(Objective):
     def __init__(self, backbone: Backbone, data: Data, config: TrainConfig):
         super().__init__(backbone, data, config)
         self.probe: Probe | None = None
+        self.key = features_key(backbone, self.rows) if backbone.embedding.normalize else None
         if config.head_kind == "linear" and config.head_start == "probe":
             self.probe = fit_probe(*embed(backbone, self.rows, batch_size=config.batch_size), len(data.class_names))
         self.module = new_classifier(backbone, data.class_names, config)
@@ -61,7 +62,8 @@ class Supervised(Objective):
                 linear.weight.copy_(self.probe.weight)
                 linear.bias.copy_(self.probe.bias.clamp(min=LEAST_BIAS))
             elif self.config.head_kind == "linear" and self.backbone.embedding.normalize:
-                x, y = embeddings(self.backbone, readable(self.batches(self.rows)))
+                with without_scores(self.backbone.model):
+                    x, y = embed(self.backbone, self.rows, batch_size=self.config.batch_size, key=self.key)
                 centroids = torch.zeros(linear.weight.shape).index_add_(0, y, x)
                 linear.weight.copy_(nn.functional.normalize(centroids, dim=-1) * CENTROID_SCALE)
                 linear.bias.zero_()
