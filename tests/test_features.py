@@ -22,7 +22,7 @@ from maskpack.preprocess import ImagePreprocess
 from maskpack.training import TrainConfig, attach_scores, extract_masks, features
 from maskpack.training.data.base import Data, Examples, few_labels, load_data, loader, readable
 from maskpack.training.features import FeatureCacheWarning, embed
-from maskpack.training.objectives.supervised import Supervised
+from maskpack.training.objectives.supervised import Regression, Supervised
 
 from .conftest import TinyNet
 
@@ -250,20 +250,29 @@ def test_a_loaded_mask_has_its_own_features_and_the_base_gets_its_back(
     assert not calls
 
 
-def test_the_start_of_a_head_behind_an_encoder_does_not_read_the_data_again(
-    tiny_backbone: Backbone, digits: Data, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("objective_of", [Supervised, Regression])
+def test_a_head_that_starts_from_features_does_not_read_the_data_again(
+    tiny_backbone: Backbone,
+    digits: Data,
+    objective_of: type[Supervised],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert digits.train is not None
-    embed(tiny_encoder := replace(tiny_backbone, embedding=Embedding("fc", normalize=True)), digits.train)
+    backbone = replace(tiny_backbone, embedding=Embedding("fc", normalize=True))
+    embed(backbone, digits.train)
+    data = digits
+    if objective_of is Regression:
+        numbers = replace(digits.train, labels=[float(label) for label in digits.train.labels])
+        data = replace(digits, train=numbers, class_names=("number",))
     read, fetch = list[object](), Examples.__getitem__
     monkeypatch.setattr(
         Examples, "__getitem__", lambda examples, index: (read.append(index), fetch(examples, index))[1]
     )
-    objective = Supervised(tiny_encoder, digits, TrainConfig())
-    attach_scores(tiny_encoder.model)
+    objective = objective_of(backbone, data, TrainConfig())
+    attach_scores(backbone.model)
     objective.start()
     assert not read
-    extract_masks(tiny_encoder.model)
+    extract_masks(backbone.model)
 
 
 def test_what_cannot_be_told_is_not_cached(tiny_backbone: Backbone, digits: Data, cache: Path) -> None:

@@ -62,11 +62,15 @@ class Supervised(Objective):
                 linear.weight.copy_(self.probe.weight)
                 linear.bias.copy_(self.probe.bias.clamp(min=LEAST_BIAS))
             elif self.config.head_kind == "linear" and self.backbone.embedding.normalize:
-                with without_scores(self.backbone.model):
-                    x, y = embed(self.backbone, self.rows, batch_size=self.config.batch_size, key=self.key)
+                x, y = self.frozen_features()
                 centroids = torch.zeros(linear.weight.shape).index_add_(0, y, x)
                 linear.weight.copy_(nn.functional.normalize(centroids, dim=-1) * CENTROID_SCALE)
                 linear.bias.zero_()
+
+    def frozen_features(self) -> tuple[Tensor, Tensor]:
+        """Return the features of the training rows by the network without its scores, and their labels."""
+        with without_scores(self.backbone.model):
+            return embed(self.backbone, self.rows, batch_size=self.config.batch_size, key=self.key)
 
     def trained(self) -> list[nn.Parameter]:
         return list(self.module.linear.parameters()) if self.config.head_kind == "linear" else []
@@ -275,6 +279,7 @@ class Regression(Supervised):
         if config.head_kind != "linear" or config.head_start != "plain":
             raise ConfigError("a regression has a linear head with a plain start; leave head_kind and head_start out")
         super().__init__(backbone, data, config)
+        self.key = features_key(backbone, self.rows)
         numbers = torch.tensor([self.rows.labels[row] for row in self.rows.indices])
         self.mean, self.deviation = float(numbers.mean()), float(numbers.std(correction=0)) or 1.0
 
@@ -306,7 +311,7 @@ class Regression(Supervised):
 
     def start(self) -> None:
         """Give the head its first values: the linear fit to the frozen embeddings."""
-        x, y = embed(self.backbone, self.rows, batch_size=self.config.batch_size, cache=False)
+        x, y = self.frozen_features()
         weight, bias = least_squares(x, (y - self.mean) / self.deviation)
         with torch.no_grad():
             self.module.linear.weight.copy_(weight)
