@@ -58,6 +58,12 @@ def own_seeds(baseline: str, share: float, seeds: Sequence[int]) -> Sequence[int
     return seeds if share < 1 or find_baseline(baseline).seeded else seeds[:1]
 
 
+def mask_rate(name: str, config: TrainConfig) -> float:
+    """Return the default rate of the scores, by the network that the name of a comparison begins with."""
+    assert config.steps is not None
+    return config.score_lr(config.steps, 270_000 if name.startswith("resnet20") else 3_000_000)
+
+
 def compared(
     experiment: str,
     name: str,

@@ -17,7 +17,7 @@ from typing import Any
 
 from maskpack.training.config import TrainConfig
 
-from .comparisons import TEXT_RATES, compared, rows_of
+from .comparisons import TEXT_RATES, compared, mask_rate, rows_of
 from .recipe import lite0
 from .report import NOTHING, command, percent, table, write_between
 from .tasks import data_of, minilm, resnet
@@ -44,9 +44,9 @@ def baselines(steps: int) -> dict[str, str]:
 def run(pair: str, steps: int) -> None:
     """Run the comparison of a pair that is not recorded."""
     make, data = PAIRS[pair]
-    text, weights = make is minilm, 270_000 if pair.startswith("resnet20") else 3_000_000  # decides the default rate
+    text = make is minilm
     config = TrainConfig(steps=steps, batch_size=BATCH, precision="bf16" if text else "no")
-    rates = {**(TEXT_RATES if text else {}), "mask": (config.score_lr(steps, weights),)}
+    rates = {**(TEXT_RATES if text else {}), "mask": (mask_rate(pair, config),)}
     compared(NAME, f"{pair}-{steps}", make(), data_of(data), baselines(steps), rates, config)
 
 

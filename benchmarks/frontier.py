@@ -19,7 +19,7 @@ from maskpack.lab import save_figure
 from maskpack.lab.figure import new_figure, plain_axes
 from maskpack.training.config import TrainConfig
 
-from .comparisons import TEXT_RATES, compared, rows_of
+from .comparisons import TEXT_RATES, compared, mask_rate, rows_of
 from .recipe import lite0
 from .report import NOTHING, command, percent, table, write_between
 from .tasks import data_of, minilm, resnet
@@ -27,7 +27,6 @@ from .tasks import data_of, minilm, resnet
 NAME = "frontier"
 MARK = "python -m benchmarks.frontier --write docs/results/frontier.md"
 STEPS, BATCH = 200, 32
-LARGE = 3_000_000  # weights, of which the default rate is that of a larger network
 TASKS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "resnet20-cartoon": (partial(resnet, 20), "cartoon"),
     "resnet20-eurosat": (partial(resnet, 20), "eurosat"),
@@ -72,7 +71,7 @@ def run(task: str) -> None:
     text = make is minilm
     config = TrainConfig(steps=STEPS, batch_size=BATCH, precision="bf16" if text else "no")
     given = (make(), data_of(data))
-    usual = {} if task.startswith("resnet20") else {"mask": (config.score_lr(STEPS, LARGE),)}
+    usual = {} if task.startswith("resnet20") else {"mask": (mask_rate(task, config),)}
     compared(NAME, task, *given, ("probe",), {}, config)
     for name, changes in MASKS.items():
         compared(NAME, f"{task}: {name}", *given, ("mask",), usual, replace(config, **changes))

@@ -63,7 +63,7 @@ def commands(name: str) -> dict[str, str]:
 
 
 def make(name: str) -> None:
-    """Make an entry of docs/gallery: train its adapter if need be, and write report and pictures anew."""
+    """Write report and pictures of an entry of docs/gallery; train its adapter if there is none."""
     trained, shown = TRAINED / name, GALLERY / name
     environment = {**os.environ, "MASKPACK_DATA": str(DATA), "MINILM": minilm()["reference"].removeprefix("hf/")}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"

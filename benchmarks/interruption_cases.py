@@ -114,7 +114,7 @@ def masked(world: World) -> None:
 
 
 def check_masked(world: World) -> None:
-    """Check that a model has all weights or none after `masked` (or was interrupted twice), and loads anew."""
+    """Check that an interrupted `masked` left all weights or none, and that it can be called again."""
     without = [tensor.is_meta for tensor in world.model.state_dict().values()]
     if any(without) or (world.twice and applied(world.model) is None):
         assert all(without) or world.twice, "some weights"

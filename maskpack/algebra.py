@@ -120,7 +120,7 @@ def combine(
 
 
 def operation(how: str, count: int, weights: Sequence[float] | None = None, k: int | None = None) -> Join:
-    """Return the function that makes one mask's bits from those of `count`; arguments and errors as of `combine`."""
+    """Return the function that joins the bits of `count` masks; arguments and errors are those of `combine`."""
     if how not in OPERATIONS:
         raise UnknownNameError(f"unknown operation {how!r}; known: {', '.join(OPERATIONS)}")
     exactly = {"not": 1, "difference": 2}.get(how)
@@ -179,7 +179,7 @@ def _masks_of(name: str, sets: Sequence[MaskSet]) -> tuple[list[PackedMask | Non
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """What two masks have in common, on one parameter, or on several if they are added up.
+    """Counts of what two masks have in common, on one parameter or on several together.
 
     Attributes:
         weights: in all. both: kept by both masks. first_only, second_only: kept by that mask alone.
@@ -220,7 +220,7 @@ class Overlap:
 
     @property
     def chance(self) -> float | None:
-        """What `jaccard` would be if both removed `expected` weights of those that each removes."""
+        """Value of `jaccard` if `expected` of the weights that each mask removes were removed by both."""
         removed = 2 * self.neither + self.hamming
         return self.expected / (removed - self.expected) if removed else None
 

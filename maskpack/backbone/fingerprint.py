@@ -210,7 +210,7 @@ def fingerprint(model: nn.Module, *, id: str, revision: str | None = None, head:
 
 
 def fingerprint_of(tensors: Mapping[str, Tensor], id: str, revision: str | None, head: tuple[str, ...]) -> Fingerprint:
-    """As `fingerprint`, of the tensors of a body."""
+    """Return the fingerprint of the tensors of a body; arguments as of `fingerprint`."""
     return joined_digests(tensors, all_digests(tensors), id, revision, head)
 
 
