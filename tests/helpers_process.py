@@ -1,12 +1,13 @@
 """Processes that begin with all that this one has imported: a new interpreter takes seconds for torch alone."""
 
+import faulthandler
 import os
 import socket
+import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +38,7 @@ class Forked:
             os.dup2(self._errors.fileno(), 2)
             os.close(writing)  # or what is started here would hold it open
             sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
+            faulthandler.enable()  # where a crash of native code was, told in the errors
             os.environ.update(environment)
             os.chdir(folder or Path.cwd())
             warnings.simplefilter("default")  # warnings are errors in tests only
@@ -67,22 +69,33 @@ class Forked:
         self._errors.close()
 
 
-@contextmanager
-def together(call: Callable[[], object], count: int, folder: Path | None = None) -> Iterator[list[Forked]]:
-    """Run a call in so many processes, with the variables by which torch.distributed finds them, as torchrun does."""
+def together(count: int, *words: object, folder: Path | None = None) -> list[Ended]:
+    """Run Python in so many processes, with the variables by which torch.distributed finds them, as torchrun does.
+
+    Interpreters of their own: autograd and the threads of a process group do not survive a fork.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
-
-    def alone() -> None:
-        accelerate = sys.modules.get("accelerate")
-        if accelerate is not None:  # which keeps for good whether it is one process or several
-            accelerate.state.AcceleratorState._reset_state(True)
-        call()
-
-    with ExitStack() as stack:
-        ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count))
-        yield [stack.enter_context(Forked(alone, folder, **where, **rank)) for rank in ranks]
+        port = str(free.getsockname()[1])
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    where["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-X", "faulthandler", *map(str, words)],
+            cwd=folder,
+            env={**os.environ, **where, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    try:
+        said = [process.communicate(timeout=240) for process in processes]
+        return [Ended(process.returncode, *own) for process, own in zip(processes, said, strict=True)]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def command(*words: object) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""What one of several processes that share a model does.
+"""What one of several processes that share a model does: `python -m tests.helpers_sharded FOLDER`.
 
 Every check compares with a model that this process has whole. What was found is written to `FOLDER/RANK.json`, with
 the id of the mask that the code of docs/devices.md makes.
@@ -7,6 +7,7 @@ the id of the mask that the code of docs/devices.md makes.
 import json
 import os
 import re
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -367,3 +368,7 @@ def main(folder: Path) -> None:
     dist.barrier()
     found["page"] = page()  # which ends the group
     (folder / f"{RANK}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

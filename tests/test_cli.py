@@ -592,8 +592,7 @@ def test_wrong_intervals_are_told_at_once(tmp_path: Path) -> None:
 def test_two_processes_write_and_print_once(tmp_path: Path) -> None:
     options = [*TRAIN, "--top", "1", "--lr", "5000", "--augment", "none", "--bn", "freeze"]
     words = [*options, "--batch-size", "8", "--output", tmp_path / "out", "--json"]
-    with together(command(*words), 2) as processes:
-        done = [one.ended() for one in processes]
+    done = together(2, "-m", "maskpack_cli.main", *words)
     assert all(one.code == 0 for one in done), done
     assert json.loads("".join(one.output for one in done))["adapter"] == str(tmp_path / "out")
     assert "".join(one.errors for one in done).count("Masking 4 parameters") == 1

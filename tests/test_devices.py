@@ -23,10 +23,8 @@ FOUR = pytest.mark.skipif("MASKPACK_FOUR" not in os.environ, reason="minutes: ma
     [2, pytest.param(4, marks=FOUR)],
 )
 def test_several_processes_find_what_one_finds(processes: int, tmp_path: Path) -> None:
-    with together(lambda: helpers_sharded.main(tmp_path), processes, tmp_path) as running:
-        for one in running:
-            ended = one.ended(240)
-            assert ended.code == 0, ended.errors
+    for ended in together(processes, "-m", "tests.helpers_sharded", tmp_path, folder=tmp_path):
+        assert ended.code == 0, ended.errors
     each = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(processes)]
     assert all(one == each[0] for one in each)
     mask_id = each[0].pop("page")
