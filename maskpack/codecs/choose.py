@@ -57,7 +57,7 @@ def _hopeless(codec: Codec, bits: Bits, shape: tuple[int, ...], best: int) -> bo
     if bits.size < PIECES * PIECE * 8:
         return False
     row = max(1, matrix_shape(shape)[1] // 8)  # rows that repeat must be seen to do so
-    starts = np.linspace(0, bits.size - PIECE, PIECES, dtype=np.int64) // row * row
+    starts = [(bits.size - PIECE) * k // (PIECES - 1) // row * row for k in range(PIECES)]
     sizes = list[int]()
     for some in (starts[::2], starts):
         pieces = np.concatenate([bits[start : start + PIECE] for start in some])

@@ -20,7 +20,7 @@ def build(folder: Path, *flags: str) -> Path | None:
     named = os.environ.get("CC")
     compilers = [shlex.split(named)] if named else [[name] for name in COMPILERS if shutil.which(name)]
     for compiler in compilers:
-        own = ["-O3", "-std=c11", "-shared", *([] if SUFFIX == ".dll" else ["-fPIC"]), *flags]
+        own = ["-O3", "-std=c11", "-ffp-contract=off", "-shared", *([] if SUFFIX == ".dll" else ["-fPIC"]), *flags]
         own += shlex.split(os.environ.get("CFLAGS", ""))
         try:
             subprocess.run([*compiler, *own, str(source), "-o", str(target)], check=True, capture_output=True)
