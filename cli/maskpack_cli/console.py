@@ -111,7 +111,7 @@ def note(text: str) -> None:
 
 @contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Let the verb's lines say what it does meanwhile."""
+    """Name an activity in the verb's lines of progress within the context."""
     before = Output.lines.what
     Output.lines.begin(what)
     try:

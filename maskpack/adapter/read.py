@@ -159,7 +159,7 @@ class Adapter:
         return Parts(masks, head, statistics, parameters, values, norms)
 
     def iter_masks(self, set: str = "default", base: Weights | None = None, *, zeros: bool = False) -> Masks:
-        """Return name and mask of each parameter, decoded in threads a bounded way ahead; see `parts`.
+        """Return name and mask of each parameter, decoded ahead in threads, a few at a time; see `parts`.
 
         With `zeros` masks that are decoded on a device have the positions of their zero bits.
         """

@@ -41,7 +41,7 @@ def integers_to_frame(parts: Sequence[Integers]) -> bytes:
 
 
 def integers_from_frame(data: Bytes, count: int) -> Integers:
-    """Return so many integers, at least one; CorruptAdapterError if the frame holds others."""
+    """Return the `count` integers of a frame, at least one; CorruptAdapterError if it holds more or fewer."""
     if count > FREE + EACH * len(data):
         raise CorruptAdapterError(f"a frame of {len(data)} bytes is too short for {count} integers")
     content = from_frame(data, count, PLANES * count)

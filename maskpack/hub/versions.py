@@ -80,7 +80,7 @@ class Versions:
 
     @contextmanager
     def whole(self, number: int) -> Iterator[Path]:
-        """Give the file of a whole checkpoint, for as long as this lasts."""
+        """Give the file of a whole checkpoint within the context."""
         name = whole_name(number)
         if self._folder is not None:
             yield self._folder / name
@@ -92,7 +92,7 @@ class Versions:
 
     @contextmanager
     def adding(self, name: str) -> Iterator[Path]:
-        """Give the path where a new file is written whole; when this ends well, it is among the versions."""
+        """Give the path of a new file, which joins the versions if the block ends without an error."""
         if self._folder is not None:
             with writing(self._folder):
                 self._folder.mkdir(parents=True, exist_ok=True)

@@ -128,7 +128,7 @@ def exact(path: Path, names: Iterable[str], make: Callable[[str], Tensor], base:
         )
 
     def read(name: str) -> tuple[PackedMask, Tensor]:
-        """Return mask and values of a tensor; those of the last one are kept, as they are asked for one by one."""
+        """Return mask and values of a tensor; the last result is kept, as mask and values are asked for one by one."""
         if name not in last:
             last.clear()
             last[name] = _change(make(name), base[name])

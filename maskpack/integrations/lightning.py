@@ -18,7 +18,7 @@ LOG = logging.getLogger(__name__)
 
 
 class MaskCallback(Callback):  # type: ignore[misc]
-    """Trains masks well in Lightning's Trainer: the module holds a model that has scores (`attach_scores`).
+    """Callback for training masks in Lightning's Trainer; the module holds a model with scores (`attach_scores`).
 
     Scores do not decay; methods that change on the way are told the progress; the density is logged at the end of each
     epoch; checkpoints hold what learns and not the base; the adapter is saved at the end.

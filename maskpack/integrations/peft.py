@@ -247,7 +247,7 @@ def write_peft(folder: str | Path, adapter: Adapter) -> None:
 
 
 def _register() -> None:
-    """Enter the method; PEFT's list of types is an enumeration, which has no public way to be longer."""
+    """Register the method with PEFT, whose enumeration of types has no public way to be extended."""
     if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
         raise MissingDependencyError("masks are a method of PEFT 0.21 or newer; run: pip install 'peft>=0.21'")
     if NAME not in PeftType.__members__:

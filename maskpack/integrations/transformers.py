@@ -18,7 +18,7 @@ LOG = logging.getLogger(__name__)
 
 
 class MaskCallback(TrainerCallback):  # type: ignore[misc]
-    """Trains masks well in a Trainer, whose model has scores (`attach_scores`).
+    """Callback for training masks in a Trainer, whose model has scores (`attach_scores`).
 
     Scores do not decay; methods that change on the way are told the progress; the log has the density; checkpoints
     hold what learns and not the base; the adapter is saved at the end.

@@ -266,7 +266,7 @@ def evaluations_folder() -> Path:
 
 
 def some(examples: Examples, count: int | None, seed: int = 0) -> Examples:
-    """Return so many of the examples, drawn by `seed`, in the order of the data; all if there are not more."""
+    """Return `count` of the examples, drawn by `seed`, in the order of the data; all of them if there are fewer."""
     if count is not None and count < 1:
         raise ConfigError(f"the number of examples must be at least 1, got {count}")
     if count is None or count >= len(examples):

@@ -498,7 +498,7 @@ def unload_mask(model: Model, *, force: bool = False) -> Model:
 
 @contextmanager
 def masked(model: nn.Module, parts: Parts, mask_id: str = "") -> Iterator[None]:
-    """Apply parts to a model as long as this lasts; then it is what it was, to the bit."""
+    """Apply parts to a model within the context; afterwards it is what it was, to the bit."""
     check_free(model)
     try:
         apply_parts(model, parts, mask_id=mask_id)

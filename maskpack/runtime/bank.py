@@ -238,7 +238,7 @@ class MaskBank(AbstractContextManager["MaskBank"]):
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[nn.Module]:
-        """Compute with an adapter, or as the base, as long as this lasts, and have the model for oneself."""
+        """Lock the model and compute with an adapter, or as the base, within the context."""
         with self._lock:
             before = self.active
             self._to(name)
@@ -248,7 +248,7 @@ class MaskBank(AbstractContextManager["MaskBank"]):
                 self._to(before if before in self._residents else None)
 
     def disabled(self) -> AbstractContextManager[nn.Module]:
-        """Compute as the base as long as this lasts, to the bit, and have the model for oneself; then as before."""
+        """Lock the model and compute as the base, to the bit, within the context; afterwards as before."""
         return self.using(None)
 
     def remove(self, name: str) -> None:

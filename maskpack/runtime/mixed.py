@@ -70,7 +70,7 @@ def corrections(model: nn.Module, parts: Parts) -> dict[str, Correction] | None:
 
 @contextmanager
 def mixing(model: nn.Module, examples: Sequence[Mapping[str, Correction] | None]) -> Iterator[None]:
-    """Have a model that is the base compute each example of a batch with its own corrections, as long as this lasts.
+    """Let a model that is the base compute each example of a batch with its own corrections, within the context.
 
     A batch may have several rows for each example, one after another, as where sequences are sampled or searched.
     """

@@ -104,7 +104,7 @@ class RateControl:
         return self.pressure / self.weights * bits
 
     def follow(self) -> None:
-        """Follow the size with the pressure, after each step of the optimiser."""
+        """Adapt the weight of the penalty to the coded size; called after each step of the optimiser."""
         grown = math.log(self.size / self.before) if self.before else 0.0
         self.trend += SMOOTHING * (grown - self.trend)
         self.before = self.size

@@ -114,7 +114,7 @@ class Run(ABC):
         """Look at the gradients of a step before it is made."""
 
     def follow(self) -> None:  # noqa: B027
-        """Follow a step of the optimiser."""
+        """Called after each step of the optimiser."""
 
     def step_metrics(self) -> dict[str, float]:
         """Return metrics for a step event, beside loss and rate."""

@@ -36,7 +36,7 @@ class Lines:
         self.begin("")
 
     def begin(self, what: str) -> None:
-        """Do something else from now on."""
+        """Begin another activity, which later lines name."""
         self.what, self.done = what, 0
         self.total: int | None = None
         self.since: dict[int | None, tuple[float, int]] = {}  # by total: when it was first heard of, and what was done

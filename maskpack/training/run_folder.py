@@ -335,7 +335,7 @@ def on_signal(answer: Callable[[int], None], *more: int) -> Iterator[None]:
 
 @contextmanager
 def stopping(remedy: str) -> Iterator[None]:
-    """Raise StoppedError at SIGTERM and SIGUSR1, as at once as an interrupt; `remedy` says how to go on."""
+    """Raise StoppedError at SIGTERM and SIGUSR1, as promptly as KeyboardInterrupt; `remedy` says how to go on."""
 
     def stop(number: int) -> None:
         raise StoppedError(f"stopped by {signal.Signals(number).name}; {remedy}", number)

@@ -109,7 +109,7 @@ class ObjectiveRun(Run):
             self.take_over(self.start_from, self.objective.fresh)
 
     def take_over(self, checkpoint: Path, fresh: tuple[str, ...] = ()) -> None:
-        """Go on as another run ended, but for the tensors called `fresh`."""
+        """Begin with the state that another run ended with, except for the tensors called `fresh`."""
         take_over(self.tensors(), checkpoint, self.base.digest, fresh)
 
     def batches(self, at: Position) -> Iterator[tuple[str, list[int], Batch]]:

@@ -161,7 +161,7 @@ class Full(Dense):
 
 
 class Named(Dense):
-    """Parameters of one kind learn alone, which `word` means, as of `learning_names`; and a head."""
+    """Parameters of one kind are trained, and a head; `word` names the kind as `learning_names` takes it."""
 
     word: ClassVar[str]
 

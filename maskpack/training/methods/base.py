@@ -115,7 +115,7 @@ def build_method(name: str, options: dict[str, Any] | None = None) -> Method:
 
 
 def methods_that_are(what: Literal["rising", "partial"]) -> str:
-    """Return the ids of the methods that are so, for messages."""
+    """Return the ids of the methods that have a property, joined for a message."""
     *others, last = (cls.id for cls in METHODS.all() if getattr(cls, what))
     return f"{', '.join(others)} or {last}"
 
