@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from maskpack_cli.main import app
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
-from maskpack import Parts, fingerprint, load_mask, save_adapter, unload_mask
+from maskpack import Parts, fingerprint, load_backbone, load_mask, save_adapter, unload_mask
 from maskpack.errors import BackboneMismatchError, DataError, MaskpackError
 from maskpack.importers.base import import_file
 from maskpack.importers.merged import saved, tensor
@@ -134,6 +136,19 @@ def test_what_is_loaded_is_what_their_code_computes(
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of PEFT
+def test_one_task_of_a_file_is_packed_on_the_command_line(tmp_path: Path) -> None:
+    code = "from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(192, 5))\n"
+    (tmp_path / "nets.py").write_text(code)
+    model = load_backbone(f"{tmp_path}/nets.py:net", random_weights=0).model
+    path, form, expected = emr(tmp_path, model)
+    assert "#" in path.name
+    base = ("--backbone", f"{tmp_path}/nets.py:net", "--random-weights", "0")
+    result = CliRunner().invoke(app, ["pack", f"{path}", "--from", form, *base, "--output", f"{tmp_path / 'out'}"])
+    assert result.exit_code == 0, result.stderr
+    load_mask(model, tmp_path / "out")
+    assert all(torch.equal(model.state_dict()[name], one) for name, one in expected.items())
+
+
 @pytest.mark.parametrize("write", [bitdelta, emr, tall, shira])
 def test_another_backbone_is_refused(write: Callable[..., Made], tmp_path: Path) -> None:
     path, format, _ = write(tmp_path, Network(torch.float32))

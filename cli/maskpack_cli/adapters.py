@@ -306,6 +306,7 @@ def pack(
     from maskpack.backbone.model import body, inside, named_parameters
     from maskpack.importers.base import Imported, check_format, import_file
     from maskpack.importers.checkpoint import Largest
+    from maskpack.importers.merged import task_of
     from maskpack.runtime.apply import check_masks
 
     check_format(source, scale)
@@ -314,7 +315,7 @@ def pack(
             f"--keep, --budget and --ternary are for --from checkpoint, and this is --from {source}; leave them out"
         )
     check_free(output, overwrite)
-    if not masks.exists():  # before the backbone is loaded
+    if not (masks.exists() or task_of(masks)[0].exists()):  # before the backbone is loaded
         raise DataError(f"there is no file {masks}; give the path of the {source} to pack")
     loaded = backbone.load(mapped=source in PATCHES)
     imported = import_file(masks, loaded.model, source, scale=scale)
