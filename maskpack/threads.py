@@ -5,6 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import wraps
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -104,6 +105,20 @@ def _task(work: Callable[[Item], Result], item: Item) -> tuple[Callable[[], None
         return found  # type: ignore[no-any-return]
 
     return do, result
+
+
+def once(make: Callable[[], Result]) -> Callable[[], Result]:
+    """Decorator: make a constant at the first call; threads that call at the same time all get the same object.
+
+    `functools.cache` makes one for each of them and keeps the last, so that an address in another one dangles.
+    """
+    kept = dict[str, Result]()
+
+    @wraps(make)
+    def found() -> Result:
+        return kept["made"] if kept else kept.setdefault("made", make())
+
+    return found
 
 
 def counted(progress: Progress | None, totals: Iterable[int]) -> Callable[[int], None]:

@@ -4,6 +4,10 @@ import ctypes
 import logging
 import math
 import shutil
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +26,7 @@ from maskpack.codecs.lanes import NEVER, ONE, UNIT, WINDOW, tables
 from maskpack.codecs.logit_model import CLASSES, Grid
 from maskpack.codecs.native.build import COMPILERS, build
 from maskpack.errors import CorruptAdapterError
+from maskpack.threads import once
 
 PAGE = Path(__file__).parent.parent / "docs" / "format.md"
 
@@ -134,6 +139,54 @@ def test_a_large_mask_without_structure(compiled: ctypes.CDLL) -> None:
     bits = np.packbits(np.random.default_rng(0).random((900, 1100)) < 0.93, bitorder="little")
     payloads = {with_library(one, lambda: logit.encode(bits, Side((900, 1100)), False)) for one in (compiled, None)}
     assert len(payloads) == 1
+
+
+def test_constants_are_made_once() -> None:
+    """Compiled loops get addresses of constants: of two copies, one would be freed."""
+    gate, found = threading.Barrier(4), list[object]()
+
+    @once
+    def constant() -> object:
+        time.sleep(0.01)
+        return object()
+
+    def ask() -> None:
+        gate.wait()
+        found.append(constant())
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert len(found) == 4
+    assert all(one is constant() for one in found)
+
+
+FIRST_CALLS = """
+import sys, threading
+import numpy as np
+from maskpack.codecs import logit
+from maskpack.codecs.base import Side
+sys.setswitchinterval(1e-6)
+drawn = np.random.default_rng(0)
+bits = np.packbits(drawn.random(64 * 4096) < 0.1, bitorder="little")
+words = drawn.standard_normal(64 * 4096).astype(np.float32).view(np.uint32)
+gate, found = threading.Barrier(8), []
+def work():
+    side = Side((64, 4096), words, lean=False)
+    gate.wait()
+    found.append(logit.encode(bits, side, True))
+threads = [threading.Thread(target=work) for _ in range(8)]
+for one in threads: one.start()
+for one in threads: one.join()
+print(len(found), len({*found, logit.encode(bits, Side((64, 4096), words, lean=False), True)}))
+"""
+
+
+def test_first_calls_in_threads() -> None:
+    done = subprocess.run([sys.executable, "-X", "faulthandler", "-c", FIRST_CALLS], capture_output=True, text=True)
+    assert done.stdout.split() == ["8", "1"], done.stderr
 
 
 @pytest.mark.parametrize("base", [False, True])

@@ -2,12 +2,12 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..threads import once
 from . import native
 from .base import Numbers
 
@@ -61,7 +61,7 @@ class Tables(NamedTuple):
     lists: tuple[list[int], list[int]]
 
 
-@cache
+@once
 def pointers() -> native.Tables:
     """Return the constant tables that compiled loops take."""
     own = tables()
@@ -69,7 +69,7 @@ def pointers() -> native.Tables:
     return native.Tables(*map(native.address, arrays))
 
 
-@cache
+@once
 def tables() -> Tables:
     """Return the constant tables; no entry is so close to one half that another machine could round it differently."""
     odds = np.exp2((np.arange(LEVELS) - LEVELS // 2) / 16 * np.log2(np.e))
@@ -248,14 +248,14 @@ class Lanes:
         return [first + one for one in found]
 
 
-@cache
+@once
 def hazards_of() -> NDArray[np.int64]:
     """Return the hazard of each level, by the two bytes of the level, which may be one that is too low or too high."""
     levels = np.arange(1 << 16, dtype=np.uint16).view(np.int16)
     return tables().hazard.take(levels, mode="clip").astype(np.int64)
 
 
-@cache
+@once
 def coefficient_of() -> NDArray[np.uint8]:
     """Return, for each table and slot, the number of the coefficient there."""
     return np.concatenate(

@@ -9,12 +9,13 @@ import math
 import types
 from collections.abc import Mapping, Sequence
 from ctypes import byref, c_double, c_int64, c_void_p
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..threads import once
 from . import native
 from .base import Bits, count_ones, flipped, where_ones
 from .lanes import BITS, LEVELS, ONE, RANGE, tables
@@ -470,9 +471,8 @@ def rounded(values: Floats, curvature: Floats, steps: tuple[int, ...], differenc
 
     From the middle of the steps it goes on to smaller or larger ones as long as they cost less.
     """
-    lost = curvature / (2 * math.log(2))
+    lost, at = curvature / (2 * math.log(2)), len(steps) // 2
     none = Rounded(np.zeros(values.size, dtype=np.int32), 0, 0, float(_exact(lost * values * values).sum()))
-    at = len(steps) // 2
     best = _in_steps(values, lost, steps[at], differences)
     for way in (1, -1):
         place = at + way if best.step == steps[at] else -1
@@ -486,7 +486,7 @@ def rounded(values: Floats, curvature: Floats, steps: tuple[int, ...], differenc
 
 def _in_steps(values: Floats, lost: Floats, number: int, differences: bool) -> Rounded:
     """Return integers for a step; `lost`: bits for a unit of squared error."""
-    step, candidates, prices = STEPS[number] / 16, np.arange(-RANGE, RANGE + 1), _prices()
+    step, candidates, prices = STEPS[number] / 16, np.arange(-RANGE, RANGE + 1) * (STEPS[number] / 16), _prices()
     if differences:
         integers = np.rint(values / step).astype(np.int32)
         integers = np.clip(np.diff(integers, prepend=np.int32(0)), -RANGE, RANGE)
@@ -494,10 +494,10 @@ def _in_steps(values: Floats, lost: Floats, number: int, differences: bool) -> R
     else:
         if (compiled := native.library()) is not None:
             integers, found = np.empty(values.size, dtype=np.int32), np.zeros(2)
-            arrays = (native.pointer(one) for one in (values, lost, candidates * step, prices, integers, found))
+            arrays = (native.pointer(one) for one in (values, lost, candidates, prices, integers, found))
             table = compiled.maskpack_in_steps(c_int64(values.size), c_double(step), *arrays)
             return Rounded(integers, table + 1, number, float(found.sum()))
-        error = _exact(lost[:, None] * np.square(values[:, None] - candidates * step))
+        error = _exact(lost[:, None] * np.square(values[:, None] - candidates))
         integers = np.clip(np.rint(values / step), -RANGE, RANGE).astype(np.int32)
         for _ in range(2):
             table = _cheapest(integers)[0]
@@ -566,7 +566,7 @@ def _product(one: NDArray[Any], other: NDArray[Any]) -> Longs:
     return np.asarray(one.astype(np.float64) @ other.astype(np.float64), dtype=np.float64).astype(np.int64)
 
 
-@cache
+@once
 def _curve() -> Ints:
     """Return p and p (1 - p) of log-odds, in 1/ONE: 2^16 times the one plus the other."""
     odds = np.arange(-EXTREME * PARTS, EXTREME * PARTS + 1) / PARTS
@@ -588,7 +588,7 @@ def _whole(sums: Any) -> Any:
     return sums + (1 << FINER - 1) >> FINER
 
 
-@cache
+@once
 def _prices() -> Floats:
     """Return for each table the bits of each coefficient."""
     return _exact(-np.log2(np.diff(tables().first, axis=1) / ONE))
