@@ -1,6 +1,6 @@
 """Real pairs of checkpoints: SmolLM2-135M in bfloat16 with float32 masters, by SFT and by GRPO on GSM8K.
 
-    MASKPACK_DATA=… python -m benchmarks.patch_pairs runs/smollm2 runs/pairs     half an hour of one core, resumable
+    MASKPACK_DATA=… python -m benchmarks.patch_pairs runs/smollm2 runs/pairs     an hour of one core, resumable
 
 The network computes with weights rounded to bfloat16; AdamW steps on float32 copies. What is saved is what a trainer
 publishes: the rounded weights, as safetensors. SFT: an example of 48 tokens a step. GRPO: two questions a step,
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 RUNS: dict[str, tuple[str, float, tuple[int, ...]]] = {  # kind, rate, steps after which weights are saved
-    "grpo-1e-6": ("grpo", 1e-6, (1, 9, 10)),
+    "grpo-1e-6": ("grpo", 1e-6, (1, 10, 199, 200)),
     "sft-1e-6": ("sft", 1e-6, (1, 9, 10)),
     "sft-1e-5": ("sft", 1e-5, (1, 10, 199, 200)),
     "sft-1e-4": ("sft", 1e-4, (1, 10, 199, 200)),
