@@ -37,7 +37,7 @@ def path(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of a teacher of the tiny net."""
     backbone = tiny_net()
     before = bits(backbone.model)
-    found = train_teacher(backbone, data, replace(CONFIG, steps=400, bn="adapt"), tmp_path_factory.mktemp("teacher"))
+    found = train_teacher(backbone, data, replace(CONFIG, steps=200, bn="adapt"), tmp_path_factory.mktemp("teacher"))
     assert same(bits(backbone.model), before), "a copy is fine-tuned"
     return found
 
