@@ -35,6 +35,7 @@ from .logit_model import (
     may_lean,
     natural,
     sizes,
+    solved,
 )
 
 Floats = NDArray[np.float64]
@@ -471,8 +472,9 @@ def rounded(values: Floats, curvature: Floats, steps: tuple[int, ...], differenc
 
     From the middle of the steps it goes on to smaller or larger ones as long as they cost less.
     """
-    lost, at = curvature / (2 * math.log(2)), len(steps) // 2
+    lost = curvature / (2 * math.log(2))
     none = Rounded(np.zeros(values.size, dtype=np.int32), 0, 0, float(_exact(lost * values * values).sum()))
+    at = len(steps) // 2
     best = _in_steps(values, lost, steps[at], differences)
     for way in (1, -1):
         place = at + way if best.step == steps[at] else -1
@@ -486,12 +488,13 @@ def rounded(values: Floats, curvature: Floats, steps: tuple[int, ...], differenc
 
 def _in_steps(values: Floats, lost: Floats, number: int, differences: bool) -> Rounded:
     """Return integers for a step; `lost`: bits for a unit of squared error."""
-    step, candidates, prices = STEPS[number] / 16, np.arange(-RANGE, RANGE + 1) * (STEPS[number] / 16), _prices()
+    step, prices = STEPS[number] / 16, _prices()
     if differences:
         integers = np.rint(values / step).astype(np.int32)
         integers = np.clip(np.diff(integers, prepend=np.int32(0)), -RANGE, RANGE)
         loss = float(_exact(lost * np.square(values - np.cumsum(integers) * step)).sum())
     else:
+        candidates = np.arange(-RANGE, RANGE + 1) * step
         if (compiled := native.library()) is not None:
             integers, found = np.empty(values.size, dtype=np.int32), np.zeros(2)
             arrays = (native.pointer(one) for one in (values, lost, candidates, prices, integers, found))
@@ -528,21 +531,6 @@ def orthonormal(columns: Floats) -> Floats:
             own = _exact(own - before * float(before @ own), ONE)
         made[:, k] = _exact(own / max(math.sqrt(float(own @ own)), 1e-3), ONE)
     return np.asarray(made, dtype=np.float64)
-
-
-def solved(matrices: Floats, vectors: Floats) -> Floats:
-    """Return the solutions of many small positive definite systems, by elimination; both arguments are overwritten."""
-    rank = vectors.shape[1]
-    for k in range(rank):
-        for row in range(k + 1, rank):
-            factor = matrices[:, row, k] / matrices[:, k, k]
-            matrices[:, row, k:] -= factor[:, None] * matrices[:, k, k:]
-            vectors[:, row] -= factor * vectors[:, k]
-    for k in reversed(range(rank)):
-        for after in range(k + 1, rank):
-            vectors[:, k] -= matrices[:, k, after] * vectors[:, after]
-        vectors[:, k] /= matrices[:, k, k]
-    return vectors
 
 
 def _addresses(arrays: Mapping[str, NDArray[Any]]) -> Any:

@@ -229,3 +229,18 @@ def natural(values: NDArray[np.float64]) -> NDArray[np.float64]:
     for k in range(33, 0, -2):
         total = total * (part * part) + 1 / k
     return np.asarray(whole * math.log(2) + 2 * part * total, dtype=np.float64)
+
+
+def solved(matrices: NDArray[np.float64], vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the solutions of many small positive definite systems, by elimination; both arguments are overwritten."""
+    rank = vectors.shape[1]
+    for k in range(rank):
+        for row in range(k + 1, rank):
+            factor = matrices[:, row, k] / matrices[:, k, k]
+            matrices[:, row, k:] -= factor[:, None] * matrices[:, k, k:]
+            vectors[:, row] -= factor * vectors[:, k]
+    for k in reversed(range(rank)):
+        for after in range(k + 1, rank):
+            vectors[:, k] -= matrices[:, k, after] * vectors[:, after]
+        vectors[:, k] /= matrices[:, k, k]
+    return vectors
