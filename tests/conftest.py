@@ -32,7 +32,6 @@ from maskpack.backbone.model import Embedding
 from maskpack.preprocess import ImagePreprocess
 
 torch.set_num_threads(1)
-os.fsync = lambda _: None  # no test cuts the power; waiting for the disk takes a tenth of the time
 
 
 def pytest_collection_finish() -> None:

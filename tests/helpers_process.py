@@ -3,11 +3,11 @@
 import faulthandler
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -79,23 +79,14 @@ def together(count: int, *words: object, folder: Path | None = None) -> list[End
         port = str(free.getsockname()[1])
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
     where["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", *map(str, words)],
-            cwd=folder,
-            env={**os.environ, **where, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    try:
-        said = [process.communicate(timeout=240) for process in processes]
-        return [Ended(process.returncode, *own) for process, own in zip(processes, said, strict=True)]
-    finally:
-        for process in processes:
-            process.kill()
+
+    def begin() -> None:
+        os.execv(sys.executable, [sys.executable, "-X", "faulthandler", *map(str, words)])
+
+    with ExitStack() as stack:
+        ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count))
+        running = [stack.enter_context(Forked(begin, folder, **where, **rank)) for rank in ranks]
+        return [one.ended(240) for one in running]
 
 
 def command(*words: object) -> Callable[[], None]:
