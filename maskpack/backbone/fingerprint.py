@@ -210,7 +210,7 @@ def fingerprint(model: nn.Module, *, id: str, revision: str | None = None, head:
 
 
 def fingerprint_of(tensors: Mapping[str, Tensor], id: str, revision: str | None, head: tuple[str, ...]) -> Fingerprint:
-    """Return the fingerprint of the tensors of a body; arguments as of `fingerprint`."""
+    """Return the fingerprint of a body that is given as tensors by name; for the other arguments see `fingerprint`."""
     return joined_digests(tensors, all_digests(tensors), id, revision, head)
 
 
@@ -226,7 +226,7 @@ def joined_digests(
     revision: str | None = None,
     head: tuple[str, ...] = (),
 ) -> Fingerprint:
-    """As `fingerprint`, of the tensors of a body, which may be on the meta device, with `all_digests` of them."""
+    """Return the fingerprint of a body from its tensors, perhaps on the meta device, and their `all_digests`."""
     digests = {cast: _body_digest(tensors, one) for cast, one in each.items()}
     prefixes = {name: b"".join(one[name][:PREFIX] for one in each.values()) for name in tensors}
     return Fingerprint(id, revision, _name(compared_dtype(tensors.values())), head, digests, prefixes)
@@ -295,7 +295,7 @@ def check_fingerprint(model: nn.Module, expected: Fingerprint) -> str:
 
 
 def check_measured(found: Measured, expected: Fingerprint) -> str:
-    """As `check_fingerprint`, of a body that was measured with the same head."""
+    """Compare a measured body with a fingerprint that has the same head; see `check_fingerprint`."""
     dtype, each = compared_dtype(found.body.values()), found.digests
     wanted = expected.digests[_name(dtype)]
     if found.digest == wanted or any(part.digest == wanted for part in _parts_of(found, expected)):
@@ -348,7 +348,7 @@ MOST = 200  # backbones; the oldest are forgotten
 
 
 def cache_folder() -> Path:
-    """Return the folder of what can be made anew: $MASKPACK_CACHE, else `maskpack` in the user's cache folder."""
+    """Return the cache folder: $MASKPACK_CACHE, else `maskpack` in the user's cache folder."""
     if own := os.environ.get("MASKPACK_CACHE"):
         return Path(own)
     shared = os.environ.get("XDG_CACHE_HOME", "")

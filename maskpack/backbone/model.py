@@ -74,9 +74,10 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """Identity of a backbone's body, which is all but the modules of `head`; id and revision as of `Backbone`.
+    """Identity of a backbone's body, which is the model without the modules of `head`.
 
     Attributes:
+        id, revision: as those of `Backbone`.
         dtype: of the body when the fingerprint was taken, as in "float32".
         digests: hex BLAKE3 of the body by the dtype that it was cast to.
         tensors: 6 bytes by parameter name: 2 each of the digests of the tensor cast to float32, bfloat16, float16.
@@ -183,7 +184,7 @@ def body(model: nn.Module, head: Iterable[str] = ()) -> dict[str, Tensor]:
 
 
 def body_of(state: Mapping[str, Any], head: Iterable[str] = ()) -> dict[str, Tensor]:
-    """As `body`, of a state dict with canonical names."""
+    """Return the `body` of a state dict with canonical names."""
     from torch import Tensor
 
     head = tuple(head)

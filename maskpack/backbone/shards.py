@@ -71,7 +71,7 @@ def shared_like(tensor: Tensor, like: Any) -> Tensor:
 
 
 def gathered(tensor: Any) -> Tensor:
-    """As `whole`, differentiable: the gradient is the mean over the processes, as FSDP's is."""
+    """Return a whole tensor, differentiably: the gradient is the mean over the processes, as in FSDP."""
     if not shared(tensor):
         found: Tensor = tensor
         return found
