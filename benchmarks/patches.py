@@ -337,8 +337,8 @@ def page(path: Path) -> None:
             if coder == "maskpack" and (other := by_pair.get((pair, scope, rival))) is not None
         ]
         if own:
-            ratios.append(f"{min(own):.2f} to {max(own):.2f} of {rival}")
-    text += f"maskpack's bytes are {' and '.join(ratios)}.\n\n" if ratios else ""
+            ratios.append(f"{min(own):.2f} to {max(own):.2f} of those of {rival}, median {np.median(own):.2f}")
+    text += f"maskpack's bytes are {', and '.join(ratios)}.\n\n" if ratios else ""
     rows = []
     for coder in (*OURS, *CODERS):
         own_rows = [by_pair[pair, SCOPES[0], coder] for pair in RATED if (pair, SCOPES[0], coder) in by_pair]

@@ -155,8 +155,9 @@ def stepped(data, base, zeros):  # section 4.3; the words of the values at these
         k = int(np.searchsorted(edges, slot, "right")) - 1
         state = (edges[k + 1] - edges[k]) * (states[i % lanes] // 4096) + slot - edges[k]
         states[i % lanes] = 65536 * state + words.pop() if state < 65536 else state
-        size = sum(int(x) << j for j, x in enumerate(rest[bit + 1 : bit + k])) + (1 << k - 1) if k else 0
-        step, bit = -size if k and rest[bit] else size, bit + k
+        low, first = max(k // 2 - 1, 0), k if k < 2 else 2 + k % 2
+        size = sum(int(x) << j for j, x in enumerate(rest[bit + 1 : bit + 1 + low])) + (first << low)
+        step, bit = -size if k and rest[bit] else size, bit + low + (k > 0)
         value = (number(b) + (-step if b >= half else step)) % whole
         found.append(value - half if value >= half else whole - 1 - value)
     found = np.array(found, f"<u{width // 8}")

@@ -69,6 +69,16 @@ def test_values_come_back_and_both_ways_of_coding_agree(
     assert ulps.encode(name, base, values) == made
 
 
+def test_steps_of_several_units_take_their_entropy() -> None:
+    generator = np.random.default_rng(0)
+    base = np.full(100_000, 0x3C00, np.uint16)
+    sizes = generator.geometric(0.4, base.size)
+    values = (base + sizes * generator.choice([-1, 1], base.size)).astype(np.uint16)
+    share = np.bincount(sizes) / base.size
+    entropy = 1 - sum(p * np.log2(p) for p in share.tolist() if p)
+    assert len(ulps.encode("BF16", base, values)) < 1.012 * entropy * base.size / 8
+
+
 @pytest.mark.parametrize("compiled", [True, False] if COMPILED else [False])
 @pytest.mark.parametrize(("dtype", "count"), [("u2", 1003), ("u4", 64), ("u2", 0), ("u4", 5)])
 def test_words_at_zeros(compiled: bool, dtype: Any, count: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """Stored values as steps from the base's, in units in the last place: nearly all are one step (docs/format.md 6.3).
 
 How large a step is depends on the exponent of the weight that it starts from: an optimiser moves large and small
-weights alike. So there is a table of sizes for each of up to 16 exponents; the sign, and what is below the first bit
-of a size, is noise and stands in bits as it is.
+weights alike. So there is a table of sizes for each of up to 16 exponents; the sign, and what is below the first two
+bits of a size, is noise and stands in bits as it is.
 """
 
 from collections.abc import Sized
@@ -19,7 +19,7 @@ from .base import Bits, Bytes, Reader, Words, count_ones, varint
 if TYPE_CHECKING:
     from torch import Tensor
 
-BUCKETS = 33  # of sizes: 0, 1, 2 to 3, 4 to 7, …
+BUCKETS = 64  # of sizes: 0, 1, 2, 3, 4 to 5, 6 to 7, 8 to 11, 12 to 15, 16 to 23, …
 SLOT_BITS = 12
 SLOTS = 1 << SLOT_BITS
 LOW = 1 << 16  # a state below it takes the next word
@@ -122,7 +122,9 @@ def _steps(kind: Float, base: Words, values: Words) -> NDArray[np.int64]:
 
 
 def _buckets(steps: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.frexp((steps >> 1).astype(np.float64))[1].astype(np.int64)
+    size = steps >> 1
+    octave = np.frexp(size.astype(np.float64))[1].astype(np.int64) - 1
+    return np.where(size < 2, size, 2 * octave + (size >> np.maximum(octave - 1, 0) & 1))
 
 
 def _exponents(kind: Float, base: Words) -> NDArray[np.int64]:
@@ -174,10 +176,11 @@ def _encoded(
     """Return words and bits, by numpy."""
     steps, lanes = _steps(kind, base, values), lane_count(base.size)
     buckets = _buckets(steps)
+    rest = np.maximum(buckets >> 1, buckets > 0)  # bits of each
     own = entries[np.clip(top - _exponents(kind, base), 0, len(entries) - 1), buckets].astype(np.int64)
-    where = np.repeat(np.cumsum(buckets) - buckets, buckets)
+    where = np.repeat(np.cumsum(rest) - rest, rest)
     shifts = np.arange(where.size) - where
-    bits = np.packbits((np.repeat(steps, buckets) >> shifts & 1).astype(np.uint8), bitorder="little")
+    bits = np.packbits((np.repeat(steps, rest) >> shifts & 1).astype(np.uint8), bitorder="little")
     state, made = np.full(lanes, LOW, np.int64), list[NDArray[np.uint16]]()
     for start in range((base.size - 1) // lanes * lanes, -1, -lanes):
         row = own[start : start + lanes]
@@ -327,13 +330,15 @@ def valued(kind: Float, base: "Tensor", buckets: "Tensor", bits: "Tensor") -> "T
     """Return values as integers, from those of the base, the bucket of each step and the rest bits, where they lie."""
     import torch
 
-    ends, sign = buckets.cumsum(0), kind.sign
+    octave = buckets >> 1
+    width, sign = torch.maximum(octave, buckets.clamp(max=1)), kind.sign
+    ends = width.cumsum(0)
     used = int(ends[-1])
     if (used + 7) // 8 != len(bits) or (used % 8 and int(bits[-1]) >> used % 8):
         raise unlike()
-    first, padded = ends - buckets, torch.nn.functional.pad(bits, (0, 8)).long()
-    rest = sum(padded[(first >> 3) + k] << 8 * k for k in range(5)) >> (first & 7) & (1 << buckets) - 1
-    size = torch.where(buckets > 0, rest >> 1 | 1 << (buckets - 1).clamp(min=0), 0)
+    first, padded = ends - width, torch.nn.functional.pad(bits, (0, 8)).long()
+    rest = sum(padded[(first >> 3) + k] << 8 * k for k in range(5)) >> (first & 7) & (1 << width) - 1
+    size = torch.where(buckets < 2, buckets, (2 | buckets & 1) << (octave - 1).clamp(min=0) | rest >> 1)
     word = base.long() & 2 * sign - 1
     negative = (word & sign) > 0
     number = torch.where(negative, ~word & 2 * sign - 1, word | sign)

@@ -1263,7 +1263,7 @@ API int32_t maskpack_fit(Fitting *own) {
 
 /* --- stored values, as steps from the base's (docs/format.md section 6.3; ulps.py) ----------------------------------- */
 
-enum { BUCKETS = 33, SLOTS = 4096, SLOT_BITS = 12, EXPONENTS = 256, MOST_CONTEXTS = 16, MOST_LANES = 128, BLOCK = 512 };
+enum { BUCKETS = 64, SLOTS = 4096, SLOT_BITS = 12, EXPONENTS = 256, MOST_CONTEXTS = 16, MOST_LANES = 128, BLOCK = 512 };
 
 typedef struct {
     int64_t count, lanes, contexts, top, width, mantissa; /* bytes of a value, bits of its mantissa */
@@ -1296,8 +1296,12 @@ static inline uint64_t step_of(uint32_t base, uint32_t value, uint32_t sign) {
     return 2 * (uint64_t)(negated(forth, back) & all) + (back & 1);
 }
 
+/* Bits of a bucket that stand as they are: those of a size below its first two, and the sign. */
+static inline int bits_below(int bucket) { return (bucket >> 1) - (bucket > 1); }
+static inline int rest_bits(int bucket) { return bits_below(bucket) + (bucket > 0); }
+
 /* Steps and kinds, 64 exponent + bucket, of some values; without a branch, so that a compiler does several at a time.
-   Twice a size and one, as a float, has the number of bits of the size as its exponent. */
+   Twice a size and one, as a float, has in its exponent and first bit of the mantissa the bucket of the size, and 2. */
 ALWAYS void kinds_of(const Steps *steps, const int64_t width, const void *values, int64_t first, int64_t count, uint64_t *found,
                      uint16_t *kinds) {
     const uint32_t sign = width == 4 ? 0x80000000u : 0x8000u;
@@ -1310,7 +1314,8 @@ ALWAYS void kinds_of(const Steps *steps, const int64_t width, const void *values
             float odd = (float)(int32_t)(step | 1);
             memcpy(&word, &odd, sizeof word);
             small[i] = step;
-            kinds[i] = (uint16_t)(64 * ((base[i] & 0x7FFFu) >> mantissa) + (word >> 23) - 127);
+            int32_t bucket = (int32_t)(word >> 22) - 256;
+            kinds[i] = (uint16_t)(64 * (int32_t)((base[i] & 0x7FFFu) >> mantissa) + (bucket < 0 ? 0 : bucket));
         }
         for (int64_t i = 0; i < count; i++) found[i] = small[i];
         return;
@@ -1321,7 +1326,8 @@ ALWAYS void kinds_of(const Steps *steps, const int64_t width, const void *values
         double odd = (double)(int64_t)(found[i] | 1);
         uint64_t word;
         memcpy(&word, &odd, sizeof word);
-        kinds[i] = (uint16_t)(64 * exponent_of(steps, width, base) + (uint32_t)(word >> 52) - 1023);
+        int32_t bucket = (int32_t)(word >> 51) - 2048;
+        kinds[i] = (uint16_t)(64 * (int32_t)exponent_of(steps, width, base) + (bucket < 0 ? 0 : bucket));
     }
 }
 
@@ -1345,10 +1351,10 @@ ALWAYS int64_t count_of(const Steps given, const int64_t width, const void *valu
         int64_t some = least(count - first, BLOCK);
         kinds_of(steps, width, values, first, some, found, kinds + first);
         for (int64_t i = 0; i < some; i++) {
-            int kind = kinds[first + i], bucket = kind & 63;
-            both[i & 1][(kind >> 6) * BUCKETS + bucket]++;
-            held |= (found[i] & (((uint64_t)1 << bucket) - 1)) << have;
-            have += bucket;
+            int kind = kinds[first + i], rest = rest_bits(kind & 63);
+            both[i & 1][kind]++;
+            held |= (found[i] & (((uint64_t)1 << rest) - 1)) << have;
+            have += rest;
             memcpy(bits + at, &held, sizeof held); /* what is not whole yet is written again */
             int full = have >> 5;
             at += 4 * full;
@@ -1492,17 +1498,17 @@ ALWAYS int32_t decode_of(const Steps given, const int64_t width, const uint32_t 
         }
         state[lane] = own;
         lane = lane + 1 == steps->lanes ? 0 : lane + 1;
-        int bucket = (int)(entry & 63);
+        int bucket = (int)(entry & 63), below = bits_below(bucket), used = rest_bits(bucket);
         uint64_t rest = 0;
         int64_t from = bit >> 3;
         if (from + 8 <= bytes)
             memcpy(&rest, bits + from, sizeof rest);
         else
             for (int64_t b = from; b < bytes; b++) rest |= (uint64_t)bits[b] << 8 * (b - from);
-        rest = rest >> (bit & 7) & (((uint64_t)1 << bucket) - 1);
-        bit += bucket;
+        rest = rest >> (bit & 7) & (((uint64_t)1 << used) - 1);
+        bit += used;
         if (bit > end) fits = 0;
-        uint32_t size = bucket ? (uint32_t)(rest >> 1) | (uint32_t)1 << (bucket - 1) : 0;
+        uint32_t size = (uint32_t)(rest >> 1) | ((uint32_t)(bucket & 1) | (uint32_t)(bucket > 1) << 1) << below;
         uint32_t forth = negated(size, (0u - (uint32_t)(rest & 1)) ^ where(word, sign));
         uint32_t found = unordered((ordered(word, sign) + forth) & all, sign);
         if (width == 4)

@@ -53,7 +53,7 @@ def decode(data: Bytes, base: Tensor) -> Tensor:
     if parsed is None:
         return base.clone()
     kind, top, entries, bits, words = parsed
-    sent = words.view(np.int16), entries.view(np.int32).reshape(-1), bits
+    sent = words.view(np.int16), entries[entries > 0].view(np.int32), bits
     stream, slots, rest = (torch.from_numpy(np.array(one)).to(base.device) for one in sent)
     buckets, fits = (base.new_empty(size, dtype=dtype) for size, dtype in ((len(base), torch.uint8), (1, torch.int32)))
     table = slots.repeat_interleave(slots >> 18, output_size=len(entries) * ulps.SLOTS)
