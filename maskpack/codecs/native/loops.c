@@ -1296,9 +1296,8 @@ static inline uint64_t step_of(uint32_t base, uint32_t value, uint32_t sign) {
     return 2 * (uint64_t)(negated(forth, back) & all) + (back & 1);
 }
 
-/* Bits of a bucket that stand as they are: those of a size below its first two, and the sign. */
-static inline int bits_below(int bucket) { return (bucket >> 1) - (bucket > 1); }
-static inline int rest_bits(int bucket) { return bits_below(bucket) + (bucket > 0); }
+/* Bits of a step that stand as they are: its sign, and those of its size below the first two. */
+static inline int rest_bits(int bucket) { return (bucket >> 1) + (bucket == 1); }
 
 /* Steps and kinds, 64 exponent + bucket, of some values; without a branch, so that a compiler does several at a time.
    Twice a size and one, as a float, has in its exponent and first bit of the mantissa the bucket of the size, and 2. */
@@ -1480,7 +1479,12 @@ ALWAYS int32_t decode_of(const Steps given, const int64_t width, const uint32_t 
                          const uint8_t *bits, int64_t bytes, void *values) {
     const Steps *const steps = &given;
     const uint32_t sign = width == 4 ? 0x80000000u : 0x8000u, all = sign | (sign - 1);
-    uint32_t state[MOST_LANES];
+    uint32_t state[MOST_LANES], firsts[BUCKETS]; /* the smallest size of each bucket */
+    uint8_t widths[BUCKETS];
+    for (int b = 0; b < BUCKETS; b++) {
+        widths[b] = (uint8_t)rest_bits(b);
+        firsts[b] = b < 2 ? (uint32_t)b : (uint32_t)(2 | (b & 1)) << (widths[b] - 1);
+    }
     int64_t at = 2 * steps->lanes, bit = 0, end = 8 * bytes, lane = 0;
     if (count < at) return 0;
     for (int64_t l = 0; l < steps->lanes; l++) state[l] = words[2 * l] | (uint32_t)words[2 * l + 1] << 16;
@@ -1498,7 +1502,7 @@ ALWAYS int32_t decode_of(const Steps given, const int64_t width, const uint32_t 
         }
         state[lane] = own;
         lane = lane + 1 == steps->lanes ? 0 : lane + 1;
-        int bucket = (int)(entry & 63), below = bits_below(bucket), used = rest_bits(bucket);
+        int bucket = (int)(entry & 63), used = widths[bucket];
         uint64_t rest = 0;
         int64_t from = bit >> 3;
         if (from + 8 <= bytes)
@@ -1508,7 +1512,7 @@ ALWAYS int32_t decode_of(const Steps given, const int64_t width, const uint32_t 
         rest = rest >> (bit & 7) & (((uint64_t)1 << used) - 1);
         bit += used;
         if (bit > end) fits = 0;
-        uint32_t size = (uint32_t)(rest >> 1) | ((uint32_t)(bucket & 1) | (uint32_t)(bucket > 1) << 1) << below;
+        uint32_t size = firsts[bucket] + (uint32_t)(rest >> 1);
         uint32_t forth = negated(size, (0u - (uint32_t)(rest & 1)) ^ where(word, sign));
         uint32_t found = unordered((ordered(word, sign) + forth) & all, sign);
         if (width == 4)
