@@ -1,10 +1,12 @@
 """Switching a running vLLM server: masks and patches, reloading the merged checkpoint, starting anew, LoRA hot loading.
 
-    MASKPACK_SMOLLM2=… python -m benchmarks.live_server           ten minutes of one core, resumable
-    python -m benchmarks.live_server --write docs/serving.md      the table of what is recorded
+    MASKPACK_DATA=… MASKPACK_SMOLLM2=… python -m benchmarks.live_server     a quarter of an hour of one core, resumable
+    python -m benchmarks.live_server --write docs/serving.md                the table of what is recorded
 
-SmolLM2-135M in bfloat16 on the CPU; benchmarks/smollm2.py makes its folder. MASKPACK_VLLM is the Python of an
-environment with vLLM and maskpack, by default that of `make vllm`. Needs the extras train and lab.
+SmolLM2-135M in bfloat16 on the CPU; benchmarks/smollm2.py makes its folder. Masks: two that `train` makes in 60 steps,
+by its defaults but for smaller batches, and two that remove 5 % of the weights of two layers in each block.
+MASKPACK_VLLM is the Python of an environment with vLLM and maskpack, by default that of `make vllm`. Needs the extras
+train and lab.
 """
 
 import json
@@ -17,6 +19,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,22 +27,28 @@ from urllib.request import Request, urlopen
 
 import torch
 
-from maskpack import MaskSet, Parts, fingerprint, load_mask, save_adapter, unload_mask
+from maskpack import MaskSet, Parts, fingerprint, load_backbone, load_mask, save_adapter, unload_mask
 from maskpack.backbone.model import named_parameters
 from maskpack.mask import PackedMask
 from maskpack.runtime.serve import switch_server
+from maskpack.training import TrainConfig, load_data, train_mask
+from maskpack.training.config import RECIPES
 
 from .measured import record, trial, trials
 from .report import NOTHING, command, table, write_between
+from .tasks import data_of
 
 NAME = "live-server"
 MARK = "python -m benchmarks.live_server --write docs/serving.md"
 PYTHON = os.environ.get("MASKPACK_VLLM", ".venv-vllm/bin/python")
 TIMES = 5
-KINDS = ("mask", "patch")
+TRAINED = {"mask": "shakespeare", "other mask": "gsm8k"}  # with the data
+LARGE = {"large mask": ("o_proj.weight", "down_proj.weight"), "other large mask": ("q_proj.weight", "up_proj.weight")}
+KINDS = (*TRAINED, *LARGE, "patch")
+MERGED = ("mask", "patch")
 WAYS = {"base to mask": "mask", "mask to another mask": "other mask", "mask to base": None}
+WAYS |= {"base to large mask": "large mask", "large mask to another": "other large mask", "large mask to base": None}
 WAYS |= {"base to patch": "patch", "patch to base": None}
-MASKS = {"mask": ("o_proj.weight", "down_proj.weight"), "other mask": ("q_proj.weight", "up_proj.weight")}
 FOLDER = Path("runs/live-server")
 QUESTION = "What is 2 + 3?"
 WORDS = 24  # tokens after which base, masks and patch have said different things
@@ -113,8 +122,8 @@ def serving(model: Path, *options: str) -> Iterator[Running]:
 
 
 def prepared() -> dict[str, Path]:
-    """Make the adapters: a mask that removes 5 % of two layers' weights, an SFT patch, LoRA, merged folders."""
-    names = ("base", *MASKS, "patch", "lora", "merged mask", "merged patch")
+    """Make the adapters: masks, an SFT patch, LoRA, merged folders."""
+    names = ("base", *KINDS, "lora", *(f"merged {name}" for name in MERGED))
     paths = {name: FOLDER / name for name in names}
     if paths["lora"].is_dir():
         return paths
@@ -137,7 +146,13 @@ def prepared() -> dict[str, Path]:
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     copy(paths["base"], model.state_dict())
     base = fingerprint(model, id="hf/smollm2")
-    for name, ends in MASKS.items():
+    for name, data in TRAINED.items():
+        backbone = load_backbone(f"hf/{paths['base'].resolve()}", task="text-generation", tokens=65)
+        rows = replace(load_data(str(data_of(data)), task="text-generation"), validation=None, test=None)
+        own = {**RECIPES["text-generation"], "steps": 60, "batch_size": 4, "precision": "bf16"}
+        made = train_mask(backbone, rows, TrainConfig(**own))
+        save_adapter(paths[name], made.parts, made.base, made.about)
+    for name, ends in LARGE.items():
         weights = {n: p.detach().abs().float() for n, p in model.named_parameters() if n.endswith(ends)}
         masks = MaskSet.from_tensors({n: one > one.quantile(0.05) for n, one in weights.items()})
         save_adapter(paths[name], masks, base, weights=model)
@@ -157,7 +172,7 @@ def prepared() -> dict[str, Path]:
     values = {n: after[n].detach()[~same] for n, same in changes.items()}
     patch = MaskSet({n: PackedMask.from_tensor(same, "replace") for n, same in changes.items()})
     save_adapter(paths["patch"], Parts(patch, values=values), base, weights=model)
-    for name in ("mask", "patch"):
+    for name in MERGED:
         load_mask(model, paths[name])
         copy(paths[f"merged {name}"], model.state_dict())
         unload_mask(model)
@@ -209,7 +224,7 @@ def served() -> list[dict[str, Any]]:
                 "total": total,
             }
 
-        for name in (*KINDS, "other mask"):
+        for name in KINDS:
             found.append({"what": f"base to {name}, first time", **once(name), "bytes": size(paths[name])})
             once(None)
         order = [None, *WAYS.values()]
@@ -232,7 +247,7 @@ def served() -> list[dict[str, Any]]:
                 raise SystemExit(f"the merged checkpoint of {name} says {answer!r}, the server said {says[name]!r}")
             return {"pause": pause, "processor": spent, "first token": first, "total": total}
 
-        reloads = [reload(name) for _ in range(TIMES) for name in KINDS][:TIMES]
+        reloads = [reload(name) for _ in range(TIMES) for name in MERGED][:TIMES]
         return [
             *found,
             {"what": "reload of the merged checkpoint", **medians(reloads), "bytes": size(paths["merged mask"])},
