@@ -144,24 +144,44 @@ def _storage(tensor: Tensor) -> tuple[object, ...]:
     return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
 
 
+def _paths(module: nn.Module, path: str, found: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Add a module and those in it, each under all its names, which end in a dot, to a list and return it.
+
+    PyTorch's `named_modules` takes ten times as long, which counts where a bank switches.
+    """
+    found.append((path, module))
+    for name, child in module._modules.items():
+        if child is not None:
+            _paths(child, f"{path}{name}.", found)
+    return found
+
+
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return every parameter under each of its canonical names, sorted; of sharded models the shared ones."""
-    put_away(unwrap(model))
-    found = {canonical(name): p for name, p in unwrap(model).named_parameters(remove_duplicate=False)}
+    paths = _paths(unwrap(model), "", [])
+    put_away(module for _, module in paths)
+    found = {canonical(path + leaf): p for path, one in paths for leaf, p in one._parameters.items() if p is not None}
     return dict(sorted(found.items()))
 
 
 def named_buffers(model: nn.Module) -> dict[str, Tensor]:
-    return {canonical(name): buffer for name, buffer in unwrap(model).named_buffers()}
+    """Return every buffer under the first of its canonical names."""
+    first: dict[int, tuple[str, Tensor]] = {}
+    for path, one in _paths(unwrap(model), "", []):
+        for leaf, buffer in one._buffers.items():
+            if buffer is not None:
+                first.setdefault(id(buffer), (canonical(path + leaf), buffer))
+    return dict(first.values())
 
 
 def slots(model: nn.Module) -> Iterator[tuple[str, tuple[dict[str, Tensor], str]]]:
     """Yield the canonical name of each parameter and buffer, and the dictionary and key where the model keeps it."""
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for owner in (module._parameters, module._buffers):
+    for path, module in _paths(model, "", []):
+        owners: Any = module._parameters, module._buffers
+        for owner in owners:
             for leaf, tensor in owner.items():
                 if tensor is not None:
-                    yield canonical(f"{prefix}.{leaf}" if prefix else leaf), (owner, leaf)
+                    yield canonical(path + leaf), (owner, leaf)
 
 
 def aliases(model: nn.Module) -> dict[str, str]:

@@ -131,8 +131,8 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 def written(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Written]:
     """Return the state of some tensors by name; those made in inference mode have no count and are left out."""
-    found = ((name, tensors[name]) for name in names if name in tensors and not local(tensors[name]).is_inference())
-    return {name: Written(weakref.ref(t), local(t)._version, kind_of(t)) for name, t in found}
+    found = ((name, one, local(one)) for name in names if (one := tensors.get(name)) is not None)
+    return {name: Written(weakref.ref(t), own._version, kind_of(t)) for name, t, own in found if not own.is_inference()}
 
 
 def check_unwritten(noted: Mapping[str, Written], tensors: Mapping[str, Tensor], way_out: str) -> None:
@@ -285,7 +285,7 @@ def located(
         at, device = kept(name), weights[name].device
         if at is None:
             at = zeros_of(mask, device) if mask.zeros is None else torch.as_tensor(mask.zeros, device=device)
-        return name, mask.but(zeros=None), at  # whoever undoes it finds them again
+        return name, mask, at
 
     def size(item: tuple[str, PackedMask | None]) -> int:
         name, mask = item
@@ -521,7 +521,7 @@ def _apply(
             write(weight, at, changed_bits(weight, mask, old, values))
     else:
         kept = None if record.notes is None else at.to(torch.int32) if weight.numel() < 2**31 else at
-        changed = Changed(weight.dtype, [], mask, kept)
+        changed = Changed(weight.dtype, [], mask.but(zeros=None), kept)  # whoever undoes it finds them again
         record.changed.append((name, changed))
         exchange(weight, mask, at.long(), values, changed.saved)
 

@@ -506,10 +506,11 @@ class MaskBank(AbstractContextManager["MaskBank"]):
     def _trim(self) -> None:
         """Drop notes of adapters that are not active, used longest ago first, until the device's limit is kept."""
         active = self.active
-        idle = [one for one in self._residents.values() if one.device_bytes and one.name != active]
-        idle.sort(key=lambda one: one.used)
-        while sum(one.device_bytes for one in idle) > self._device:
-            idle.pop(0).drop()
+        sizes = {one.name: one.device_bytes for one in self._residents.values() if one.name != active}
+        idle = sorted((name for name, size in sizes.items() if size), key=lambda name: self._residents[name].used)
+        while sum(sizes.values()) > self._device:
+            self._residents[idle[0]].drop()
+            del sizes[idle.pop(0)]
 
 
 def _name_of(source: Adapter | Parts) -> str:

@@ -216,7 +216,8 @@ class Served:
 
 
 def _key(name: str, index: int) -> str:
-    return f"{name}.{index}"
+    """Return a name without dots: the bank's model is one module, which is gone through in each switch."""
+    return f"{name}.{index}".replace(".", "/")
 
 
 @contextmanager
