@@ -41,7 +41,8 @@ from .tasks import data_of
 NAME = "live-server"
 MARK = "python -m benchmarks.live_server --write docs/serving.md"
 PYTHON = os.environ.get("MASKPACK_VLLM", ".venv-vllm/bin/python")
-TIMES = 5
+TIMES = 9
+RELOAD = "reload of the merged checkpoint"
 TRAINED = {"mask": "shakespeare", "other mask": "gsm8k"}  # with the data
 LARGE = {"large mask": ("o_proj.weight", "down_proj.weight"), "other large mask": ("q_proj.weight", "up_proj.weight")}
 KINDS = (*TRAINED, *LARGE, "patch")
@@ -97,8 +98,8 @@ def serving(model: Path, *options: str) -> Iterator[Running]:
     words += ["--enforce-eager", "--gpu-memory-utilization", "0.2", *options]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     settings |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    begun = time.perf_counter()
-    with (model.parent / "server.log").open("w") as log:
+    begun, path = time.perf_counter(), model.parent / f"server-{url.rpartition(':')[2]}.log"
+    with path.open("w") as log:
         process = subprocess.Popen(
             words,
             stdout=log,
@@ -109,7 +110,7 @@ def serving(model: Path, *options: str) -> Iterator[Running]:
     try:
         while True:
             if process.poll() is not None or time.perf_counter() - begun > 1200:
-                raise SystemExit((model.parent / "server.log").read_text()[-3000:])
+                raise SystemExit(path.read_text()[-3000:])
             try:
                 token(url)
                 break
@@ -196,9 +197,9 @@ def first_token(url: str) -> float:
 
 
 def served() -> list[dict[str, Any]]:
-    """Switch masks and patches on a server, then reload the merged checkpoints, which is vLLM's own way."""
+    """Switch masks and patches on a server; on another one, in turn, reload merged checkpoints, which is vLLM's way."""
     paths, says = {name: path.resolve() for name, path in prepared().items()}, dict[str | None, str]()
-    with serving(paths["base"], *ENGINE) as server:
+    with serving(paths["base"], *ENGINE) as server, serving(paths["base"], *ENGINE) as other:
         url = server.url
         says[None] = token(url, count=WORDS)
         begun = time.perf_counter()
@@ -230,28 +231,28 @@ def served() -> list[dict[str, Any]]:
         order = [None, *WAYS.values()]
         if any(says[one] == says[other] for one, other in pairwise(order)):
             raise SystemExit(f"adapters that say the same show nothing: {says}")
-        rounds = [{what: once(name) for what, name in WAYS.items()} for _ in range(TIMES)]
-        found += [{"what": what, **medians([one[what] for one in rounds])} for what in WAYS]
 
         def reload(name: str) -> dict[str, float]:
-            begun, spent = time.perf_counter(), server.spent()
-            post(f"{url}/pause?mode=wait")
+            begun, spent = time.perf_counter(), other.spent()
+            post(f"{other.url}/pause?mode=wait")
             paused = time.perf_counter()
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(paths[f"merged {name}"].resolve())}}
-            post(f"{url}/collective_rpc", body)
-            post(f"{url}/resume")
-            pause, spent = time.perf_counter() - paused, server.spent() - spent
-            first = first_token(url)
-            total, answer = time.perf_counter() - begun, token(url, count=WORDS)
+            post(f"{other.url}/collective_rpc", body)
+            post(f"{other.url}/resume")
+            pause, spent = time.perf_counter() - paused, other.spent() - spent
+            first = first_token(other.url)
+            total, answer = time.perf_counter() - begun, token(other.url, count=WORDS)
             if answer != says[name]:
                 raise SystemExit(f"the merged checkpoint of {name} says {answer!r}, the server said {says[name]!r}")
             return {"pause": pause, "processor": spent, "first token": first, "total": total}
 
-        reloads = [reload(name) for _ in range(TIMES) for name in MERGED][:TIMES]
-        return [
-            *found,
-            {"what": "reload of the merged checkpoint", **medians(reloads), "bytes": size(paths["merged mask"])},
-        ]
+        rounds = list[dict[str, dict[str, Any]]]()
+        for k in range(TIMES):
+            rounds.append({what: once(name) for what, name in WAYS.items()})
+            rounds[-1][RELOAD] = reload(MERGED[k % len(MERGED)])
+        found += [{"what": what, **medians([one[what] for one in rounds])} for what in (*WAYS, RELOAD)]
+        found[-1]["bytes"] = size(paths["merged mask"])
+        return found
 
 
 def hot_loaded() -> dict[str, Any]:
@@ -304,7 +305,7 @@ def write(page: Path) -> None:
     ]
     results = {one["what"]: one["result"] for one in trials(NAME)}
     text = table(heads, rows, 1) if rows else NOTHING
-    if reload := results.get("reload of the merged checkpoint"):
+    if reload := results.get(RELOAD):
         shares = (f"{what} {results[what]['pause'] / reload['pause']:.3f}" for what in WAYS)
         text += f"\nPauses as shares of the reload's: {', '.join(shares)}.\n"
     write_between(page, MARK, text)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+INTEGERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}  # by bytes
 CASTS = ("float32", "bfloat16", "float16")  # dtypes in which a body is hashed
 PREFIX = 2  # bytes of a tensor's digest that are stored, for each cast
 STATISTICS = ("running_mean", "running_var")  # of BatchNorm
@@ -256,8 +257,7 @@ def same_size_int(tensor: Tensor) -> Tensor:
     """View a floating-point tensor as integers of the same size, to copy and compare bits."""
     import torch
 
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.view(kinds[tensor.element_size()])
+    return tensor.view(getattr(torch, INTEGERS[tensor.element_size()]))
 
 
 def exact_cast(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -193,16 +193,16 @@ def read(weight: Tensor, at: Tensor) -> Tensor:
 # No mode of autograd is switched around these: a Ctrl-C on the way into or out of `torch.no_grad` can leave it on.
 def write(weight: Tensor, at: Tensor, bits: Tensor | None) -> None:
     """Write bits, or zeros, at flat positions of a weight."""
-    whole, at = same_size_int(weight.detach()), at.long()
+    whole = same_size_int(weight.detach())
     if whole.is_cpu and whole.is_contiguous():
         whole.view(-1).numpy()[at.numpy()] = 0 if bits is None else bits.numpy()
         if not whole.is_inference():  # those have no version
             increment_version(whole)  # numpy does not, and a backward pass is to see that a weight is another one
     elif whole.is_contiguous() and not whole.is_inference():  # takes half to two thirds of the time of put_
-        whole.view(-1).scatter_(0, at, 0 if bits is None else bits)
+        whole.view(-1).scatter_(0, at.long(), 0 if bits is None else bits)
     else:
         with _writable(whole):
-            whole.put_(at, whole.new_zeros(()).expand(len(at)) if bits is None else bits)
+            whole.put_(at.long(), whole.new_zeros(()).expand(len(at)) if bits is None else bits)
 
 
 def copy_bits(target: Tensor, source: Tensor) -> None:
