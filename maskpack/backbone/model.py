@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-INTEGERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}  # by bytes
 CASTS = ("float32", "bfloat16", "float16")  # dtypes in which a body is hashed
 PREFIX = 2  # bytes of a tensor's digest that are stored, for each cast
 STATISTICS = ("running_mean", "running_var")  # of BatchNorm
@@ -145,44 +144,24 @@ def _storage(tensor: Tensor) -> tuple[object, ...]:
     return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
 
 
-def _paths(module: nn.Module, path: str, found: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
-    """Add a module and those in it, each under all its names, which end in a dot, to a list and return it.
-
-    PyTorch's `named_modules` takes ten times as long, which counts where a bank switches.
-    """
-    found.append((path, module))
-    for name, child in module._modules.items():
-        if child is not None:
-            _paths(child, f"{path}{name}.", found)
-    return found
-
-
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return every parameter under each of its canonical names, sorted; of sharded models the shared ones."""
-    paths = _paths(unwrap(model), "", [])
-    put_away(module for _, module in paths)
-    found = {canonical(path + leaf): p for path, one in paths for leaf, p in one._parameters.items() if p is not None}
+    put_away(unwrap(model))
+    found = {canonical(name): p for name, p in unwrap(model).named_parameters(remove_duplicate=False)}
     return dict(sorted(found.items()))
 
 
 def named_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return every buffer under the first of its canonical names."""
-    first: dict[int, tuple[str, Tensor]] = {}
-    for path, one in _paths(unwrap(model), "", []):
-        for leaf, buffer in one._buffers.items():
-            if buffer is not None:
-                first.setdefault(id(buffer), (canonical(path + leaf), buffer))
-    return dict(first.values())
+    return {canonical(name): buffer for name, buffer in unwrap(model).named_buffers()}
 
 
 def slots(model: nn.Module) -> Iterator[tuple[str, tuple[dict[str, Tensor], str]]]:
     """Yield the canonical name of each parameter and buffer, and the dictionary and key where the model keeps it."""
-    for path, module in _paths(model, "", []):
-        owners: Any = module._parameters, module._buffers
-        for owner in owners:
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for owner in (module._parameters, module._buffers):
             for leaf, tensor in owner.items():
                 if tensor is not None:
-                    yield canonical(path + leaf), (owner, leaf)
+                    yield canonical(f"{prefix}.{leaf}" if prefix else leaf), (owner, leaf)
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
@@ -257,7 +236,8 @@ def same_size_int(tensor: Tensor) -> Tensor:
     """View a floating-point tensor as integers of the same size, to copy and compare bits."""
     import torch
 
-    return tensor.view(getattr(torch, INTEGERS[tensor.element_size()]))
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(kinds[tensor.element_size()])
 
 
 def exact_cast(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:

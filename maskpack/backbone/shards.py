@@ -117,21 +117,21 @@ def first_process(tensors: Iterable[object]) -> bool:
     return distributed.get_rank() == 0
 
 
-def _managers(modules: Iterable[nn.Module]) -> Iterator[Any]:
+def _managers(model: nn.Module) -> Iterator[Any]:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(fsdp, "FSDPModule", None)
-    return (one for one in modules if isinstance(one, kind)) if kind is not None else iter(())
+    return (one for one in model.modules() if isinstance(one, kind)) if kind is not None else iter(())
 
 
-def put_away(modules: Iterable[nn.Module]) -> None:
+def put_away(model: nn.Module) -> None:
     """Drop the whole copies that FSDP gathered for a forward pass: the model's parameters are the shared ones again."""
-    for one in _managers(modules):
+    for one in _managers(model):
         one.reshard()
 
 
 def is_managed(model: nn.Module) -> bool:
     """Return True if `fully_shard` was called for a model."""
-    return next(_managers(model.modules()), None) is not None
+    return next(_managers(model), None) is not None
 
 
 def moved(model: nn.Module, places: Places, gone: Iterable[nn.Module] = ()) -> None:
@@ -141,7 +141,7 @@ def moved(model: nn.Module, places: Places, gone: Iterable[nn.Module] = ()) -> N
     """
     dropped = {id(one) for one in gone}
     known = {(id(module), name): place for (module, name), place in places.items()}
-    for manager in _managers(model.modules()):
+    for manager in _managers(model):
         state = manager._get_fsdp_state()
         for group in getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group]):
             group.fsdp_params = [one for one in group.fsdp_params if id(one._module_info.module) not in dropped]

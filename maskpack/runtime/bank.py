@@ -67,7 +67,7 @@ class Resident:
             evicted from memory. place: where the adapter's own names stand in the model.
         mask_id: None until it is asked for.
         read: reads the adapter again, or None for masks that did not come from one. digest: of its file.
-        notes: what its masks change, for those that change only some places; empty until it is used. noted: its bytes.
+        notes: what its masks change, for those that change only some places; empty until it is used.
         correction: for passes of several adapters, None inside if it cannot be in one; None until that is asked.
     """
 
@@ -78,7 +78,6 @@ class Resident:
     digest: str | None = None
     pinned: bool = False
     notes: dict[str, apply.Changed] = field(default_factory=dict)
-    noted: int = 0
     correction: tuple[Mapping[str, Correction] | None] | None = None
     used: int = 0
     place: Place = TOP
@@ -89,12 +88,13 @@ class Resident:
 
     @property
     def device_bytes(self) -> int:
-        own = self.noted + (0 if self.parts is None else self.parts.device_bytes)
-        return own + sum(one.nbytes for found in self.correction or () for one in (found or {}).values())
+        noted = sum(changed.nbytes for changed in self.notes.values())
+        noted += 0 if self.parts is None else self.parts.device_bytes
+        return noted + sum(one.nbytes for found in self.correction or () for one in (found or {}).values())
 
     def drop(self) -> None:
         """Keep nothing on the device: masks that are there come to the host."""
-        self.notes, self.noted, self.correction = {}, 0, None
+        self.notes, self.correction = {}, None
         if self.parts is not None and any(mask.there is not None for mask in self.masks.values()):
             here = {name: replace(mask, there=None) for name, mask in self.masks.items()}
             self.parts = replace(self.parts, masks=MaskSet(here))
@@ -434,7 +434,6 @@ class MaskBank(AbstractContextManager["MaskBank"]):
             if name is not None:
                 self._switches["places" if resident.notes else "bits"] += 1
                 apply.put(self.model, apply.Applied(name, base=self._base, notes=resident.notes), parts)
-                resident.noted = sum(changed.nbytes for changed in resident.notes.values())
             self._trim()
             return self.model
 
