@@ -127,7 +127,7 @@ class RepositoryCache:
                         _remove(path)
 
     def discard(self, commit: str, name: str, blob: str) -> None:
-        """Remove a file of a commit and its bytes, whatever became of them, so that they are fetched anew."""
+        """Remove a file of a commit and its bytes, even damaged ones, so that the next pull fetches them."""
         path, stores = (
             self.snapshots / commit / name,
             (self.blobs, self.root / "blobs"),

@@ -29,7 +29,7 @@ Files = dict[str, tuple[Path, bytes | memoryview]]  # path and bytes of each by 
 
 
 class Snapshot:
-    """A repository at one commit: on the Hub, and in a cache. `look`: as of `read_model`."""
+    """A repository at one commit, on the Hub and in a cache. `look` is an argument of `read_model`."""
 
     def __init__(self, session: Session, store: RepositoryCache, commit: str, look: bool = True) -> None:
         self.session, self.store, self.commit, self.look = session, store, commit, look
@@ -203,7 +203,7 @@ def open_adapter(
     local_files_only: bool = False,
     require_signature: str | os.PathLike[str] | None = None,
 ) -> PulledAdapter:
-    """Fetch, read and verify an adapter: every file is opened once. Arguments and errors as of `pull`."""
+    """Fetch, read and verify an adapter, opening each file once. Arguments and errors are those of `pull`."""
     reference, keys = parse_reference(ref, revision), trusted_keys(require_signature)
     if reference.path is not None:
         return open_local(reference.path, keys)

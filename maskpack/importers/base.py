@@ -43,7 +43,7 @@ class Found(NamedTuple):
 
 
 class Imported(NamedTuple):
-    """Masks that are made when they are asked for, values of those with op "replace" likewise; others as of `Found`."""
+    """Imported masks and values, each made when it is asked for; the other fields are those of `Found`."""
 
     masks: MaskSet
     values: Mapping[str, Tensor]

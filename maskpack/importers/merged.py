@@ -50,7 +50,7 @@ class BitDelta:
 
 @IMPORTERS.register
 class Emr:
-    """What `emr_merge` returns, as torch.save writes it (`FILE#TASK`, tasks from 0): vector, masks, factors."""
+    """Importer for results of `emr_merge` saved by torch.save: vector, masks, factors; `FILE#TASK`, tasks from 0."""
 
     id: ClassVar[str] = "emr"
     reference: ClassVar[str] = "https://arxiv.org/abs/2405.17461"

@@ -70,7 +70,7 @@ class Layers(Dense):
 
 
 class Reweighted(Layers):
-    """Computes each weight anew from the frozen one and few learned numbers."""
+    """Layers whose weights follow from the frozen ones and a few learned numbers."""
 
     @abstractmethod
     def change(self, rows: Tensor) -> tuple[dict[str, Tensor], Effect]:
