@@ -99,7 +99,7 @@ class Logit(Codec):
 @CODECS.register
 @dataclass(frozen=True, slots=True)
 class LogitBase(Logit):
-    """Codec logit with a model that also knows the base's weights, which it needs; the smallest.
+    """Codec logit with a model of the base's weights; the smallest.
 
     Scores trained with SGD move in proportion to the weight, so that its magnitude tells much. Scores trained with Adam
     move with the sign of weight times gradient, and gradients are nearly of low rank, so that signs tell much.
