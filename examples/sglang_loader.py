@@ -6,6 +6,8 @@ Where SGLang runs, with this file's folder on PYTHONPATH and the checkpoint that
     engine.begin_weight_update()
     engine.update_weights_from_tensor([("user/mask@4f2c", torch.zeros(1))], load_format="sglang_loader.switch")
     engine.end_weight_update()
+    while not engine.flush_cache().success:
+        time.sleep(0.1)
 
 The name is the reference, or `base`; the tensor carries nothing. SGLang ends when a loader raises an error, so that an
 adapter that is refused is logged, and the model computes as before.
