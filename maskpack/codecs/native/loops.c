@@ -55,7 +55,7 @@ enum { INFINITE = 0x7F80, MAGNITUDES = INFINITE + 2, WORDS = 1 << 16 }; /* in bf
 enum { EXTREME = 384 }; /* of the fit: log-odds in 1/32 nat that its curve goes to */
 
 /* Counts up with every change of what stands below: a library of another source is not used. */
-API int64_t maskpack_loops(void) { return 15; }
+API int64_t maskpack_loops(void) { return 16; }
 
 typedef struct {
     const uint16_t *hazard;   /* LEVELS entries, each at most 8 UNIT */
@@ -986,7 +986,7 @@ static int64_t whole_of(int64_t sum) { return (sum + (1 << (FINER - 1))) >> FINE
 
 /* Sums of p and p (1 - p) over all weights as from cells: as if in each row the coefficients of inputs were spread as they are
    over all, and in each input those of rows. */
-API void maskpack_sums_of_cells(const Fit *fit, int64_t *total, int64_t *const *sums) {
+API WIDE void maskpack_sums_of_cells(const Fit *fit, int64_t *total, int64_t *const *sums) {
     int64_t p[CURVE], variance[CURVE], whole[2] = {0, 0}, of_kinds[2][MOST_KINDS] = {{0}};
     int64_t classes = fit->index[MAGNITUDE] ? CLASSES : 1;
     int32_t adds[MOST_KINDS], least_kind = INT32_MAX, most_kind = INT32_MIN;
@@ -1048,7 +1048,7 @@ static int32_t cheapest(int64_t count, const int32_t *integers, const double *pr
 
 /* Integers of little cost for coefficients in this step, of which `places` has the multiples; `lost`: bits for a unit of squared
    error. Returns the table; `found`: bits of the integers, and those that are lost. */
-API int32_t maskpack_in_steps(int64_t count, double step, const double *values, const double *lost, const double *places,
+API WIDE int32_t maskpack_in_steps(int64_t count, double step, const double *values, const double *lost, const double *places,
                               const double *prices, int32_t *integers, double *found) {
     const int most = COEFFICIENTS / 2;
     for (int64_t i = 0; i < count; i++) {
@@ -1123,7 +1123,7 @@ static void sum_up(Fitting *own, Room *room, int names) {
         for (int64_t i = 0; sums[n] && i < bins_of(own, n); i++) sums[n][i] = ONE * own->counts[n][i] - sums[n][i];
 }
 
-static void better(Fitting *own, Room *room, int names, const double *priors) {
+WIDE static void better(Fitting *own, Room *room, int names, const double *priors) {
     sum_up(own, room, names);
     double step = (double)room->total[0] / (double)room->total[1];
     own->offset = nearest(NAT * (own->offset + limited(step))) / NAT;
@@ -1366,7 +1366,7 @@ ALWAYS int64_t count_of(const Steps given, const int64_t width, const void *valu
     return at + (have + 7) / 8;
 }
 
-API int64_t maskpack_steps_count(const Steps *steps, const void *values, int64_t *counts, uint16_t *kinds, uint8_t *bits) {
+API WIDE int64_t maskpack_steps_count(const Steps *steps, const void *values, int64_t *counts, uint16_t *kinds, uint8_t *bits) {
     return steps->width == 4 ? count_of(*steps, 4, values, counts, kinds, bits) : count_of(*steps, 2, values, counts, kinds, bits);
 }
 
