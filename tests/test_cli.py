@@ -370,6 +370,7 @@ def test_what_codecs_are_stands_on_one_line() -> None:
 
 
 def test_addresses_are_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console.Output, "json", False)  # whatever ran before
     out = io.StringIO()
     monkeypatch.setattr(console, "Console", lambda **_: Console(file=out, width=30))
     console.table([{"what": "short", "reference": "https://example.org/a-long-address"}], ["what", "reference"])
@@ -377,6 +378,7 @@ def test_addresses_are_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_numbers_are_not_cut_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(console.Output, "json", False)  # whatever ran before
     monkeypatch.setattr(console, "Console", lambda **_: Console(width=30))
     row = {"name": "a", "bytes": 123_456_789}
     console.table([row], row)
