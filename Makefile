@@ -119,7 +119,7 @@ $(VLLM)/.installed: pyproject.toml
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-$(SGLANG)/.installed: pyproject.toml tests/helpers_sglang/requirements.txt
+$(SGLANG)/.installed: pyproject.toml tests/helpers_sglang/requirements.txt tests/helpers_sglang/sglang.txt
 	test -d $(SGLANG) || $(PYTHON) -m venv $(SGLANG)
 	$(SGLANG)/bin/pip install --quiet --requirement tests/helpers_sglang/requirements.txt --editable .
 	$(SGLANG)/bin/pip install --quiet --no-deps --requirement tests/helpers_sglang/sglang.txt

@@ -4,17 +4,12 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
 import pytest
 
@@ -24,7 +19,7 @@ from .helpers_hub_fixtures import hub as hub
 from .helpers_hub_fixtures import waits as waits
 from .helpers_hub_server import HubServer
 from .helpers_hub_server.accounts import WRITE_TOKEN
-from .helpers_served import mask, merged, network, patch
+from .helpers_served import call, mask, merged, network, patch, running
 
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("SGLang is not installed; make sglang has an environment with it", allow_module_level=True)
@@ -98,33 +93,28 @@ def test_an_engine_and_a_server(tmp_path: Path, base: Path, hub: HubServer) -> N
     # whole checkpoints by HTTP, as docs/serving.md has it
     tuned = tmp_path / "tuned"
     tuned.mkdir()
-    words = [
-        sys.executable,
-        "-m",
-        "maskpack_cli.main",
-        "export",
-        paths["patch"],
-        "--output",
-        tuned / "model.safetensors",
-    ]
-    subprocess.run([*map(str, words), "--backbone", f"hf/{base}"], check=True, capture_output=True)
+    words = [sys.executable, "-m", "maskpack_cli.main", "export", str(paths["patch"]), "--backbone", f"hf/{base}"]
+    subprocess.run([*words, "--output", str(tuned / "model.safetensors")], check=True, capture_output=True)
     for file in base.glob("*.json"):
         shutil.copy(file, tuned)
-    with serving(base) as call:
+    words = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(base)]
+    for name, value in OPTIONS.items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    with running(words, tmp_path, environment(), "/health_generate") as url:
 
         def answers() -> list[str]:
-            return [call("/generate", {"text": one, "sampling_params": SAMPLING})["text"] for one in QUESTIONS]
+            return [call(f"{url}/generate", {"text": one, "sampling_params": SAMPLING})["text"] for one in QUESTIONS]
 
         assert answers() == wanted["base"]
         found = list[Any]()
         long = {"text": QUESTIONS[0], "sampling_params": {**SAMPLING, "max_new_tokens": LONG}}
-        asking = threading.Thread(target=lambda: found.append(call("/generate", long)))
+        asking = threading.Thread(target=lambda: found.append(call(f"{url}/generate", long)))
         asking.start()
         time.sleep(1)
-        call("/pause_generation", {"mode": "retract"})
+        call(f"{url}/pause_generation", {"mode": "retract"})
         assert asking.is_alive()
-        call("/update_weights_from_disk", {"model_path": str(tuned), "weight_version": "user/patch@4f2c"})
-        call("/continue_generation", {})
+        call(f"{url}/update_weights_from_disk", {"model_path": str(tuned), "weight_version": "user/patch@4f2c"})
+        call(f"{url}/continue_generation", {})
         asking.join()
         assert found[0]["meta_info"]["completion_tokens"] == LONG
         assert found[0]["meta_info"]["weight_version"] == "user/patch@4f2c"
@@ -153,41 +143,3 @@ def in_place(folder: Path, base: Path, paths: dict[str, Path], hub: HubServer) -
         before = before if name == "nothing" else name.removeprefix("merged ")
         assert said == wanted[before], name
     return wanted
-
-
-@contextmanager
-def serving(model: Path) -> Iterator[Any]:
-    """Give a function that calls a running server: path, body -> answer."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    words = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", url.rpartition(":")[2]]
-    for name, value in OPTIONS.items():
-        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    log = model.parent / "server.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=file, env=environment(), start_new_session=True)
-
-    def call(path: str, body: Any) -> Any:
-        request = Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urlopen(request, timeout=300) as answer:
-            return json.loads(answer.read())
-
-    try:
-        until = time.monotonic() + 900
-        while True:
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < until, log.read_text()[-4000:]
-            try:
-                with urlopen(f"{url}/health_generate", timeout=60):
-                    break
-            except OSError:
-                time.sleep(0.5)
-        yield call
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(60)

@@ -4,8 +4,6 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -28,7 +25,7 @@ from .helpers_hub_fixtures import hub as hub
 from .helpers_hub_fixtures import waits as waits
 from .helpers_hub_server import HubServer
 from .helpers_hub_server.accounts import WRITE_TOKEN
-from .helpers_served import mask, merged, network, patch
+from .helpers_served import call, mask, merged, network, patch, running
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed; make vllm has an environment with it", allow_module_level=True)
@@ -87,11 +84,7 @@ class Server:
         self.url = url
 
     def call(self, path: str, body: Any = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = Request(self.url + path, data, {"Content-Type": "application/json"})
-        with urlopen(request, timeout=300) as answer:
-            text = answer.read()
-        return json.loads(text) if text else None
+        return call(self.url + path, body)
 
     def choice(self, question: str, tokens: int) -> Any:
         body = {"model": "m", "prompt": question, "temperature": 0, "max_tokens": tokens, "ignore_eos": True}
@@ -103,32 +96,11 @@ class Server:
 
 @contextmanager
 def serving(model: Path, *options: str, **settings: str) -> Iterator[Server]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
+    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
     words += ["--dtype", "bfloat16", "--max-model-len", "512", "--enforce-eager", "--served-model-name", "m"]
-    words += ["--gpu-memory-utilization", "0.2", "--host", "127.0.0.1", *options]
-    log = model.parent / f"server-{port}.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            list(map(str, words)), stdout=file, stderr=file, env={**os.environ, **QUIET, **settings},
-            start_new_session=True,
-        )  # fmt: skip
-    try:
-        until = time.monotonic() + 900
-        while True:
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < until, log.read_text()[-4000:]
-            try:
-                with urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                    break
-            except OSError:
-                time.sleep(0.5)
-        yield Server(f"http://127.0.0.1:{port}")
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(300)
+    words += ["--gpu-memory-utilization", "0.2", *options]
+    with running(words, model.parent, {**os.environ, **QUIET, **settings}, "/health") as url:
+        yield Server(url)
 
 
 def llama(folder: Path) -> Path:

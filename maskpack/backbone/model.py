@@ -152,6 +152,7 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def named_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return every buffer under the first of its canonical names."""
     return {canonical(name): buffer for name, buffer in unwrap(model).named_buffers()}
 
 
